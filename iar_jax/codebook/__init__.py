@@ -1,0 +1,1 @@
+"""Pure functions on codebooks: balanced clusters, orders, permutations."""

@@ -1,0 +1,1 @@
+"""Images and code records: sources, preprocessing, loaders."""

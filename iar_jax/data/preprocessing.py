@@ -1,0 +1,96 @@
+"""From decoded pictures to uint8 arrays [size, size, 3]: crops, shifts and flips."""
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageOps
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB picture of any PIL mode, upright: EXIF rotation applied, transparency laid over white, 16 bit to 8."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "I;16", "I;16B", "I;16L", "F"):
+        values = np.asarray(image, np.float32)
+        if image.mode != "F":
+            values = values / 257.0
+        image = Image.fromarray(np.clip(values + 0.5, 0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def center_crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]:
+    """Scales the shorter side to `size` and cuts out the centre, as ADM's `center_crop_arr` does.
+
+    Box filter by halves while the shorter side is at least twice the size, then bicubic.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize(
+        (max(size, round(image.width * scale)), max(size, round(image.height * scale))), Image.Resampling.BICUBIC
+    )
+    pixels = np.asarray(image)
+    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
+    return pixels[top : top + size, left : left + size]
+
+
+def shift(pixels: UInt8[np.ndarray, "H W 3"], down: int, right: int) -> UInt8[np.ndarray, "H W 3"]:
+    """Moves a picture by whole pixels; what comes in from outside repeats the border."""
+    height, width = pixels.shape[:2]
+    rows = np.clip(np.arange(height) - down, 0, height - 1)
+    columns = np.clip(np.arange(width) - right, 0, width - 1)
+    return pixels[rows[:, None], columns]
+
+
+def random_shift(
+    pixels: UInt8[np.ndarray, "H W 3"], max_shift: int, rng: np.random.Generator
+) -> UInt8[np.ndarray, "H W 3"]:
+    """`shift` by uniform steps in [-max_shift, max_shift] on both axes."""
+    down, right = rng.integers(-max_shift, max_shift + 1, size=2)
+    return shift(pixels, int(down), int(right))
+
+
+def random_crop_flip(
+    pixels: UInt8[np.ndarray, "H W 3"], smallest: float, rng: np.random.Generator
+) -> UInt8[np.ndarray, "H W 3"]:
+    """A random square of side [smallest, 1] of the picture, scaled back to its size and mirrored half the time."""
+    size = pixels.shape[0]
+    side = int(round(size * rng.uniform(smallest, 1.0)))
+    top, left = (int(rng.integers(0, size - side + 1)) for _ in range(2))
+    if side < size:
+        crop = Image.fromarray(pixels[top : top + side, left : left + side])
+        pixels = np.asarray(crop.resize((size, size), Image.Resampling.BICUBIC))
+    return pixels[:, ::-1] if rng.random() < 0.5 else pixels
+
+
+def shifted_crops(pixels: UInt8[np.ndarray, "H W 3"], max_shift: int) -> UInt8[np.ndarray, "9 H W 3"]:
+    """Nine copies moved by -max_shift, 0, max_shift on both axes, the unmoved one first."""
+    moves = [(0, 0)] + [
+        (down, right) for down in (-max_shift, 0, max_shift) for right in (-max_shift, 0, max_shift) if down or right
+    ]
+    return np.stack([shift(pixels, down, right) for down, right in moves])
+
+
+def crops(pixels: UInt8[np.ndarray, "H W 3"], kind: str, max_shift: int) -> UInt8[np.ndarray, "crops H W 3"]:
+    """The copies of a training picture whose codes are stored, the picture itself first.
+
+    Args:
+        kind: "center" is the picture alone, "mirror" adds its mirror image, "shifts" is `shifted_crops`.
+    """
+    if kind == "shifts":
+        return shifted_crops(pixels, max_shift)
+    if kind == "mirror":
+        return np.stack([pixels, pixels[:, ::-1]])
+    return pixels[None]
+
+
+def to_unit_range(pixels: UInt8[np.ndarray, "*B"]) -> Float[np.ndarray, "*B"]:
+    """uint8 [0, 255] -> float32 [-1, 1]."""
+    return pixels.astype(np.float32) / 127.5 - 1.0
+
+
+def to_uint8(images: Float[np.ndarray, "*B"]) -> UInt8[np.ndarray, "*B"]:
+    """[-1, 1] -> uint8 as LlamaGen writes its samples: clamp(127.5 x + 128, 0, 255), truncated."""
+    return np.clip(127.5 * np.asarray(images, np.float32) + 128.0, 0, 255).astype(np.uint8)

@@ -1,0 +1,1 @@
+"""Features, distances between image sets, and the report."""

@@ -1,0 +1,1 @@
+"""PyTorch weight files in and out, without PyTorch."""

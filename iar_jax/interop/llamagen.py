@@ -1,0 +1,316 @@
+"""LlamaGen's checkpoints (and IAR's, which are LlamaGen's) to our modules and parameter trees, and back.
+
+Shapes and depths come from the file. Both directions only rename, reshape and transpose, so a round trip is exact.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from iar_jax.interop.torch_files import read_torch_file, write_torch_file
+from iar_jax.models.rope import rope_table
+from iar_jax.models.transformer import Transformer
+from iar_jax.models.vqgan import VQModel
+from iar_jax.runtime.errors import UserError
+
+StateDict = dict[str, np.ndarray]
+
+# Where trainers put the weights: EMA first, as LlamaGen's own tools prefer the averaged weights where there are some.
+STATE_DICT_KEYS = ("ema", "model", "module", "state_dict")
+
+# Tensors that are no weights.
+BUFFERS = ("freqs_cis", "quantize.codebook_used", "causal_mask")
+
+
+def load_transformer(path: str | Path, *, num_heads: int, grid_size: int, **overrides: Any) -> tuple[Transformer, Any]:
+    """A transformer from a LlamaGen file.
+
+    Args:
+        path: .pt, .pth or .safetensors; see `read_state_dict` for the forms.
+        num_heads: attention heads, which the weights do not tell.
+        grid_size: side of the square of codes, 16 for 256 pixels with VQ-16.
+        overrides: further fields of `Transformer`, say dtype or dropout rates.
+
+    Returns:
+        The module and its parameters (numpy); `module.apply({"params": params}, labels, codes)` gives logits.
+
+    Raises:
+        UserError: the file is no such transformer, or does not fit num_heads and grid_size.
+    """
+    weights = read_state_dict(path)
+    take = _Taker(weights, path)
+    vocab_size, dim = take.shape("tok_embeddings.weight", 2)
+    num_layers = 1 + max((int(m[1]) for name in weights if (m := re.match(r"layers\.(\d+)\.", name))), default=-1)
+    if num_layers == 0:
+        raise UserError(f"{path}: no tensor named layers.0.…; this is no LlamaGen transformer")
+    if dim % num_heads or (dim // num_heads) % 4:
+        raise UserError(f"{path}: {num_heads} heads do not divide the width {dim} into heads of a multiple of 4")
+    hidden_dim = take.shape("layers.0.feed_forward.w1.weight", 2)[0]
+    head_dim = dim // num_heads
+
+    def layer(i: int) -> dict:
+        prefix = f"layers.{i}."
+        wqkv = take(prefix + "attention.wqkv.weight", (3 * dim, dim))
+        gates = [take(f"{prefix}feed_forward.{name}.weight", (hidden_dim, dim)) for name in ("w1", "w3")]
+        return {
+            "attention": {
+                "wqkv": wqkv.reshape(3, num_heads, head_dim, dim).transpose(3, 0, 1, 2),
+                "wo": take(prefix + "attention.wo.weight", (dim, dim)).T.reshape(num_heads, head_dim, dim),
+            },
+            "feed_forward": {
+                "w13": np.stack([gate.T for gate in gates], axis=1),
+                "w2": take(prefix + "feed_forward.w2.weight", (dim, hidden_dim)).T,
+            },
+            "attention_norm": {"weight": take(prefix + "attention_norm.weight", (dim,))},
+            "ffn_norm": {"weight": take(prefix + "ffn_norm.weight", (dim,))},
+        }
+
+    num_classes = take.shape("cls_embedding.embedding_table.weight", 2)[0] - 1
+    params = {
+        "class_table": take("cls_embedding.embedding_table.weight", (num_classes + 1, dim)),
+        "token_table": take("tok_embeddings.weight", (vocab_size, dim)),
+        "layers": _stack([layer(i) for i in range(num_layers)]),
+        "norm": {"weight": take("norm.weight", (dim,))},
+        "head": take("output.weight", (vocab_size, dim)).T,
+    }
+    _check_frequencies(weights, path, grid_size, head_dim, overrides.get("rope_base", 10000.0))
+    take.finish()
+    module = Transformer(
+        **{
+            "vocab_size": vocab_size,
+            "num_classes": num_classes,
+            "grid_size": grid_size,
+            "dim": dim,
+            "num_layers": num_layers,
+            "num_heads": num_heads,
+            "hidden_dim": hidden_dim,
+            "scan_unroll": num_layers,
+            **overrides,
+        }
+    )
+    return module, _contiguous(params)
+
+
+def save_transformer(params: Any, path: str | Path) -> None:
+    """Writes transformer parameters as LlamaGen names them: {"model": ...} in a .pt file, flat in .safetensors."""
+    layers = params["layers"]
+    dim = np.shape(params["token_table"])[1]
+    weights = {
+        "cls_embedding.embedding_table.weight": params["class_table"],
+        "tok_embeddings.weight": params["token_table"],
+    }
+    for i in range(np.shape(layers["attention_norm"]["weight"])[0]):
+        prefix = f"layers.{i}."
+        wqkv = np.asarray(layers["attention"]["wqkv"][i])
+        w13 = np.asarray(layers["feed_forward"]["w13"][i])
+        weights |= {
+            prefix + "attention.wqkv.weight": wqkv.transpose(1, 2, 3, 0).reshape(3 * dim, dim),
+            prefix + "attention.wo.weight": np.asarray(layers["attention"]["wo"][i]).reshape(dim, dim).T,
+            prefix + "feed_forward.w1.weight": w13[:, 0].T,
+            prefix + "feed_forward.w3.weight": w13[:, 1].T,
+            prefix + "feed_forward.w2.weight": np.asarray(layers["feed_forward"]["w2"][i]).T,
+            prefix + "attention_norm.weight": layers["attention_norm"]["weight"][i],
+            prefix + "ffn_norm.weight": layers["ffn_norm"]["weight"][i],
+        }
+    weights |= {"norm.weight": params["norm"]["weight"], "output.weight": np.asarray(params["head"]).T}
+    write_torch_file(_contiguous(weights), path)
+
+
+def load_tokenizer(path: str | Path, **overrides: Any) -> tuple[VQModel, Any]:
+    """A VQ tokenizer from a LlamaGen file, with the codebook in the file's order.
+
+    Args:
+        path: .pt, .pth or .safetensors; see `read_state_dict` for the forms.
+        overrides: further fields of `VQModel`, say dtype.
+
+    Raises:
+        UserError: the file is no such tokenizer.
+    """
+    weights = read_state_dict(path)
+    take = _Taker(weights, path)
+    channels = take.shape("encoder.conv_in.weight", 4)[0]
+    codebook_size, codebook_dim = take.shape("quantize.embedding.weight", 2)
+    num_levels = _count(weights, r"encoder\.conv_blocks\.(\d+)\.")
+    num_res_blocks = _count(weights, r"encoder\.conv_blocks\.0\.res\.(\d+)\.")
+    if not num_levels or not num_res_blocks:
+        raise UserError(f"{path}: no tensor named encoder.conv_blocks.0.res.0.…; this is no LlamaGen tokenizer")
+    widths = [take.shape(f"encoder.conv_blocks.{i}.res.0.conv1.weight", 4)[0] for i in range(num_levels)]
+    if any(width % channels for width in widths):
+        raise UserError(f"{path}: the widths {widths} are no multiples of the first convolution's {channels}")
+    attention = "encoder.mid.1.q.weight" in weights
+    module = VQModel(
+        **{
+            "channels": channels,
+            "channel_multipliers": tuple(width // channels for width in widths),
+            "num_res_blocks": num_res_blocks,
+            "z_channels": take.shape("encoder.conv_out.weight", 4)[0],
+            "codebook_size": codebook_size,
+            "codebook_dim": codebook_dim,
+            "attention": attention,
+            **overrides,
+        }
+    )
+    params: dict = {"quantizer": {"codebook": take("quantize.embedding.weight", (codebook_size, codebook_dim))}}
+    for theirs, ours in _tokenizer_names(num_levels, num_res_blocks, attention).items():
+        for their_leaf, our_leaf in (("weight", "kernel" if _is_conv(theirs) else "scale"), ("bias", "bias")):
+            value = take(f"{theirs}.{their_leaf}") if f"{theirs}.{their_leaf}" in weights else None
+            if value is None:
+                if theirs.endswith("nin_shortcut"):
+                    continue
+                raise UserError(f"{path}: the tensor {theirs}.{their_leaf} is missing")
+            node = params
+            for key in ours:
+                node = node.setdefault(key, {})
+            node[our_leaf] = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value
+    take.finish()
+    return module, _contiguous(params)
+
+
+def save_tokenizer(params: Any, path: str | Path) -> None:
+    """Writes tokenizer parameters as LlamaGen names them: {"model": ...} in a .pt file, flat in .safetensors.
+
+    Raises:
+        UserError: the tokenizer has a patch stem, which LlamaGen's network does not know.
+    """
+    encoder, decoder = params["encoder"], params["decoder"]
+    if np.shape(encoder["conv_in"]["kernel"])[2] != 3 or np.shape(decoder["conv_out"]["kernel"])[3] != 3:
+        raise UserError("this tokenizer has patch_size > 1; LlamaGen's network has no such stem, so it can't be written")
+    num_levels = _count(encoder, r"level(\d+)_res")
+    num_res_blocks = _count(encoder, r"level0_res(\d+)")
+    weights = {"quantize.embedding.weight": params["quantizer"]["codebook"]}
+    for theirs, ours in _tokenizer_names(num_levels, num_res_blocks, "mid_attn" in encoder).items():
+        node = params
+        for key in ours:
+            node = node.get(key, {})
+        if not node:
+            continue
+        value = np.asarray(node["kernel"] if _is_conv(theirs) else node["scale"])
+        weights[f"{theirs}.weight"] = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value
+        weights[f"{theirs}.bias"] = node["bias"]
+    write_torch_file(_contiguous(weights), path)
+
+
+def read_state_dict(path: str | Path) -> StateDict:
+    """The weights in a file of any form that LlamaGen's and IAR's trainers write.
+
+    DDP {"model": ...}, {"ema": ...}, FSDP's flat dict, DeepSpeed's {"module": ...}, {"state_dict": ...}; prefixes
+    "module." and "_orig_mod." of wrapped models are dropped.
+    """
+    content = read_torch_file(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a dict of weights")
+    for key in STATE_DICT_KEYS:
+        if isinstance(content.get(key), dict) and content[key]:
+            content = content[key]
+            break
+    weights = {
+        re.sub(r"^((module|_orig_mod)\.)+", "", str(name)): value
+        for name, value in content.items()
+        if isinstance(value, np.ndarray)
+    }
+    if not weights:
+        raise UserError(f"{path}: no tensors found, at the top or under one of {', '.join(STATE_DICT_KEYS)}")
+    return weights
+
+
+class _Taker:
+    """Takes tensors out of a state dict, as float32, and knows which were never asked for."""
+
+    def __init__(self, weights: StateDict, path: str | Path):
+        self.weights, self.path, self.taken = weights, path, set()
+
+    def shape(self, name: str, ndim: int) -> tuple[int, ...]:
+        if name not in self.weights:
+            raise UserError(f"{self.path}: the tensor {name} is missing")
+        shape = self.weights[name].shape
+        if len(shape) != ndim:
+            raise UserError(f"{self.path}: {name} has shape {shape}; it should have {ndim} dimensions")
+        return shape
+
+    def __call__(self, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
+        if name not in self.weights:
+            raise UserError(f"{self.path}: the tensor {name} is missing")
+        value = self.weights[name]
+        if shape is not None and value.shape != shape:
+            raise UserError(f"{self.path}: {name} has shape {value.shape}; it should be {shape}")
+        self.taken.add(name)
+        return value.astype(np.float32)
+
+    def finish(self) -> None:
+        left = [name for name in self.weights if name not in self.taken and name not in BUFFERS]
+        if left:
+            raise UserError(f"{self.path}: {len(left)} tensors have no place in the model, the first is {left[0]}")
+
+
+def _check_frequencies(weights: StateDict, path: str | Path, grid_size: int, head_dim: int, base: float) -> None:
+    table = weights.get("freqs_cis")
+    if table is None:
+        return
+    expected = rope_table(grid_size, head_dim, base)
+    if table.shape != expected.shape:
+        raise UserError(
+            f"{path}: freqs_cis has shape {table.shape}, but num_heads and grid_size {grid_size} make {expected.shape}; "
+            "one of the two is not this model's"
+        )
+    if np.abs(table.astype(np.float32) - expected).max() > 0.02:  # bfloat16 files round at 0.004
+        raise UserError(f"{path}: freqs_cis is not the rotary table of a grid of side {grid_size}")
+
+
+def _tokenizer_names(num_levels: int, num_res_blocks: int, attention: bool) -> dict[str, tuple[str, ...]]:
+    """LlamaGen's module names to paths in our tree. Shortcuts are listed whether or not a block has one."""
+    names: dict[str, tuple[str, ...]] = {"quant_conv": ("quant_conv",), "post_quant_conv": ("post_quant_conv",)}
+
+    def residual(theirs, part, ours):
+        for norm in ("norm1", "norm2"):
+            names[f"{theirs}.{norm}"] = (part, ours, norm, "norm")
+        for conv in ("conv1", "conv2"):
+            names[f"{theirs}.{conv}"] = (part, ours, conv)
+        names[f"{theirs}.nin_shortcut"] = (part, ours, "shortcut")
+
+    def attend(theirs, part, ours):
+        names[f"{theirs}.norm"] = (part, ours, "norm", "norm")
+        for conv in ("q", "k", "v", "proj_out"):
+            names[f"{theirs}.{conv}"] = (part, ours, conv)
+
+    for part in ("encoder", "decoder"):
+        for conv in ("conv_in", "conv_out"):
+            names[f"{part}.{conv}"] = (part, conv)
+        names[f"{part}.norm_out"] = (part, "norm_out", "norm")
+        residual(f"{part}.mid.0", part, "mid_res0")
+        residual(f"{part}.mid.{2 if attention else 1}", part, "mid_res1")
+        if attention:
+            attend(f"{part}.mid.1", part, "mid_attn")
+        for i in range(num_levels):
+            # LlamaGen numbers the decoder's blocks in the order they run, from the lowest resolution.
+            theirs = f"{part}.conv_blocks.{i if part == 'encoder' else num_levels - 1 - i}"
+            for j in range(num_res_blocks + (part == "decoder")):
+                residual(f"{theirs}.res.{j}", part, f"level{i}_res{j}")
+                if i == num_levels - 1 and attention:
+                    attend(f"{theirs}.attn.{j}", part, f"level{i}_attn{j}")
+            if part == "encoder" and i < num_levels - 1:
+                names[f"{theirs}.downsample.conv"] = (part, f"level{i}_downsample")
+            if part == "decoder" and i > 0:
+                names[f"{theirs}.upsample.conv"] = (part, f"level{i}_upsample")
+    return names
+
+
+def _is_conv(name: str) -> bool:
+    return "norm" not in name.rsplit(".", 1)[-1]
+
+
+def _count(names: Any, pattern: str) -> int:
+    return 1 + max((int(match[1]) for name in names if (match := re.match(pattern, name))), default=-1)
+
+
+def _stack(trees: list[Any]) -> Any:
+    if isinstance(trees[0], dict):
+        return {key: _stack([tree[key] for tree in trees]) for key in trees[0]}
+    return np.stack(trees)
+
+
+def _contiguous(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _contiguous(value) for key, value in tree.items()}
+    return np.ascontiguousarray(tree)

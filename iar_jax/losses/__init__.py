@@ -1,0 +1,1 @@
+"""Losses of the transformer and of the tokenizer, as pure functions."""

@@ -1,0 +1,1 @@
+"""Networks, in flax.linen: tokenizer, transformer, and the judges of images."""

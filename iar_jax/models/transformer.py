@@ -1,0 +1,250 @@
+"""The class-conditional decoder-only transformer of LlamaGen.
+
+The input is the class token followed by the codes but the last; logits at position t predict code t. Weights keep
+LlamaGen's quirks: the class token's rotary entry is zero, RMSNorm works in float32 and casts before its weight, the
+hidden width is rounded up to a multiple of 256, the head starts at zero.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from iar_jax.models.rope import apply_rope, rope_table
+
+INIT = nn.initializers.normal(0.02)
+
+
+def swiglu_hidden_dim(dim: int) -> int:
+    """Hidden width of the feed-forward block: two thirds of 4 * dim, up to a multiple of 256."""
+    return -(-int(2 * 4 * dim / 3) // 256) * 256
+
+
+def partitioned(init, *axes: str | None):
+    return nn.with_logical_partitioning(init, axes)
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer, [B, T, H, K]: T positions, the class token first."""
+
+    keys: Float[Array, "B T H K"]
+    values: Float[Array, "B T H K"]
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) in float32, cast back, times a weight."""
+
+    epsilon: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        weight = self.param("weight", partitioned(nn.initializers.ones, "norm"), (x.shape[-1],))
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
+        return normed.astype(self.dtype) * weight.astype(self.dtype)
+
+
+class Dropout(nn.Module):
+    """Dropout that is on where a "dropout" key is given and the rate is above zero.
+
+    `shared_axes` share one draw: (1, 2) drops whole rows, which is drop-path.
+    """
+
+    rate: float
+    shared_axes: tuple[int, ...] = ()
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        if self.rate == 0.0 or not self.has_rng("dropout"):
+            return x
+        return nn.Dropout(self.rate, broadcast_dims=self.shared_axes, deterministic=False)(x)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with fused projections and rotary embedding."""
+
+    num_heads: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B L D"],
+        rope: Float[Array, "L half 2"],
+        cache: LayerCache | None,
+        position: Int[Array, ""] | None,
+    ) -> tuple[Float[Array, "B L D"], LayerCache | None]:
+        b, length, dim = x.shape
+        head_dim = dim // self.num_heads
+        wqkv = self.param(
+            "wqkv", partitioned(INIT, "embed", "qkv", "heads", "head_dim"), (dim, 3, self.num_heads, head_dim)
+        )
+        wo = self.param("wo", partitioned(INIT, "heads", "head_dim", "embed"), (self.num_heads, head_dim, dim))
+        qkv = jnp.einsum("BLD,DTHK->BLTHK", x, wqkv.astype(self.dtype))
+        qkv = nn.with_logical_constraint(qkv, ("batch", None, None, "heads", None))
+        q, k, v = (qkv[:, :, i] for i in range(3))
+        q, k = apply_rope(q, rope), apply_rope(k, rope)
+        if cache is None:
+            # is_causal, never a mask tensor: cuDNN's backward is wrong with one at 576 positions.
+            out = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        else:
+            keys = jax.lax.dynamic_update_slice_in_dim(cache.keys, k.astype(cache.keys.dtype), position, axis=1)
+            values = jax.lax.dynamic_update_slice_in_dim(cache.values, v.astype(cache.values.dtype), position, axis=1)
+            cache = LayerCache(keys, values)
+            seen = (jnp.arange(keys.shape[1]) <= position)[None, None, None, :]
+            out = jax.nn.dot_product_attention(q, keys.astype(q.dtype), values.astype(q.dtype), mask=seen)
+        return jnp.einsum("BLHK,HKD->BLD", out, wo.astype(self.dtype)), cache
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x); w1 and w3 are one array [D, 2, F]."""
+
+    hidden_dim: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        dim = x.shape[-1]
+        w13 = self.param("w13", partitioned(INIT, "embed", "gate", "hidden"), (dim, 2, self.hidden_dim))
+        w2 = self.param("w2", partitioned(INIT, "hidden", "embed"), (self.hidden_dim, dim))
+        gated = jnp.einsum("BLD,DGF->BLGF", x, w13.astype(self.dtype))
+        gated = nn.with_logical_constraint(gated, ("batch", None, None, "hidden"))
+        hidden = nn.silu(gated[:, :, 0]) * gated[:, :, 1]
+        return hidden @ w2.astype(self.dtype)
+
+
+class Block(nn.Module):
+    """One pre-norm layer. With a cache, x is a single position and the cache is returned with it written in."""
+
+    num_heads: int
+    hidden_dim: int
+    norm_eps: float
+    residual_dropout_rate: float
+    ffn_dropout_rate: float
+    drop_path_rate: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B L D"],
+        rope: Float[Array, "L half 2"],
+        cache: LayerCache | None = None,
+        position: Int[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B L D"], LayerCache | None]:
+        x = nn.with_logical_constraint(x, ("batch", None, None))
+        normed = RMSNorm(self.norm_eps, self.dtype, name="attention_norm")(x)
+        out, cache = Attention(self.num_heads, self.dtype, name="attention")(normed, rope, cache, position)
+        x = x + self.residual(out, self.residual_dropout_rate)
+        normed = RMSNorm(self.norm_eps, self.dtype, name="ffn_norm")(x)
+        out = FeedForward(self.hidden_dim, self.dtype, name="feed_forward")(normed)
+        return x + self.residual(out, self.ffn_dropout_rate), cache
+
+    def residual(self, x, dropout_rate):
+        return Dropout(self.drop_path_rate, shared_axes=(1, 2))(Dropout(dropout_rate)(x))
+
+
+class Transformer(nn.Module):
+    """Class label and codes to logits over the codebook.
+
+    Deterministic unless applied with a "dropout" key; with one, all dropouts and the class dropout are on.
+
+    Attributes:
+        vocab_size: N, number of codes.
+        num_classes: labels are in [0, num_classes]; num_classes itself is the null class of guidance.
+        grid_size: side of the square of codes; L = grid_size ** 2.
+        dim, num_layers, num_heads: width, depth, attention heads.
+        hidden_dim: of the feed-forward blocks; `swiglu_hidden_dim(dim)` is LlamaGen's.
+        dtype: of activations and matrix products; parameters are float32.
+        remat: recompute each layer in the backward pass instead of keeping its activations.
+        scan_unroll: layers unrolled in one step of the layer scan; num_layers unrolls all. Parameters are stacked
+            over layers either way.
+    """
+
+    vocab_size: int
+    num_classes: int
+    grid_size: int
+    dim: int
+    num_layers: int
+    num_heads: int
+    hidden_dim: int
+    norm_eps: float = 1e-5
+    rope_base: float = 10000.0
+    token_dropout_rate: float = 0.0
+    residual_dropout_rate: float = 0.0
+    ffn_dropout_rate: float = 0.0
+    drop_path_rate: float = 0.0
+    class_dropout_rate: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+    remat: bool = False
+    scan_unroll: int = 1
+
+    @property
+    def num_tokens(self) -> int:
+        return self.grid_size**2
+
+    @property
+    def null_class(self) -> int:
+        return self.num_classes
+
+    def setup(self):
+        self.class_table = self.param(
+            "class_table", partitioned(INIT, "classes", "embed"), (self.num_classes + 1, self.dim)
+        )
+        self.token_table = self.param("token_table", partitioned(INIT, "vocab", "embed"), (self.vocab_size, self.dim))
+        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        self.layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=nn.broadcast,
+            length=self.num_layers,
+            unroll=self.scan_unroll,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(**self.block_fields())
+        self.norm = RMSNorm(self.norm_eps, self.dtype)
+        self.head = self.param(
+            "head", partitioned(nn.initializers.zeros, "embed", "vocab"), (self.dim, self.vocab_size)
+        )
+        self.token_dropout = Dropout(self.token_dropout_rate)
+
+    def block_fields(self) -> dict:
+        """Fields of the `Block`s of this model."""
+        return {
+            "num_heads": self.num_heads,
+            "hidden_dim": self.hidden_dim,
+            "norm_eps": self.norm_eps,
+            "residual_dropout_rate": self.residual_dropout_rate,
+            "ffn_dropout_rate": self.ffn_dropout_rate,
+            "drop_path_rate": self.drop_path_rate,
+            "dtype": self.dtype,
+        }
+
+    def rope(self) -> Float[Array, "L half 2"]:
+        """The rotary table of the input positions 0 .. L - 1 (the last code is never an input)."""
+        table = rope_table(self.grid_size, self.dim // self.num_heads, self.rope_base)
+        return jnp.asarray(table[: self.num_tokens])
+
+    def embed_labels(self, labels: Int[Array, " B"]) -> Float[Array, "B 1 D"]:
+        return self.class_table.astype(self.dtype)[labels][:, None]
+
+    def embed_codes(self, codes: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        return self.token_table.astype(self.dtype)[codes]
+
+    def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Final norm and head; in the model's dtype."""
+        logits = self.norm(x) @ self.head.astype(self.dtype)
+        return nn.with_logical_constraint(logits, ("batch", None, "vocab"))
+
+    def __call__(self, labels: Int[Array, " B"], codes: Int[Array, "B L"]) -> Float[Array, "B L V"]:
+        """Logits [B, L, V]; position t predicts codes[:, t] from the label and codes[:, :t]."""
+        if self.class_dropout_rate > 0.0 and self.has_rng("dropout"):
+            dropped = jax.random.bernoulli(self.make_rng("dropout"), self.class_dropout_rate, labels.shape)
+            labels = jnp.where(dropped, self.null_class, labels)
+        x = jnp.concatenate([self.embed_labels(labels), self.embed_codes(codes[:, :-1])], axis=1)
+        x = self.token_dropout(nn.with_logical_constraint(x, ("batch", None, None)))
+        x, _ = self.layers(x, self.rope())
+        return self.logits(x)

@@ -1,0 +1,1 @@
+"""Ground floor: mesh, checkpoints, logs, artifacts and the configuration."""

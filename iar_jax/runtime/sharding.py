@@ -1,0 +1,92 @@
+"""The device mesh (data, fsdp, tensor), the logical axis rules, and shardings of trees."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from iar_jax.runtime.errors import UserError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# Logical axis of an array -> mesh axes. `fsdp` splits parameters along the model width; `tensor` splits heads, hidden
+# units and the vocabulary, whose contiguous clusters then stay whole on a device.
+LOGICAL_AXIS_RULES = (
+    ("batch", ("data", "fsdp")),
+    ("vocab", "tensor"),
+    ("heads", "tensor"),
+    ("hidden", "tensor"),
+    ("embed", "fsdp"),
+)
+
+BATCH_SPEC = PartitionSpec(("data", "fsdp"))
+
+
+def mesh_shape(data: int, fsdp: int, tensor: int, num_devices: int) -> tuple[int, int, int]:
+    """Sizes of the three axes with one -1 replaced by what is left.
+
+    Raises:
+        UserError: when the sizes do not multiply up to the number of devices.
+    """
+    sizes = [data, fsdp, tensor]
+    arithmetic = " x ".join(f"{name} {size}" for name, size in zip(MESH_AXES, sizes, strict=True))
+    if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+        raise UserError(f"config.mesh is {arithmetic}; sizes are positive, and one at most is -1, 'the rest'")
+    known = int(np.prod([size for size in sizes if size != -1]))
+    if -1 in sizes and num_devices % known == 0:
+        sizes[sizes.index(-1)] = num_devices // known
+    if int(np.prod(sizes)) != num_devices:
+        raise UserError(f"config.mesh is {arithmetic}, which does not multiply up to the {num_devices} devices here")
+    return sizes[0], sizes[1], sizes[2]
+
+
+def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
+    """The mesh over all devices; see `mesh_shape` for the sizes and the errors."""
+    shape = mesh_shape(data, fsdp, tensor, jax.device_count())
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
+
+
+@contextlib.contextmanager
+def use_mesh(mesh: Mesh):
+    """The mesh and the logical axis rules in force for what is traced inside."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(LOGICAL_AXIS_RULES):
+        yield mesh
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over data and fsdp, everything else whole."""
+    return NamedSharding(mesh, BATCH_SPEC)
+
+
+def num_batch_shards(mesh: Mesh) -> int:
+    """What a global batch size must be a multiple of."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def global_batch(mesh: Mesh, local_batch: Any) -> Any:
+    """Global arrays from this process' rows, sharded over data and fsdp."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), local_batch)
+
+
+def tree_shardings(mesh: Mesh, boxed: Any) -> Any:
+    """Shardings of an abstract tree whose leaves carry logical axes (flax boxes); leaves without are replicated."""
+    return nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, LOGICAL_AXIS_RULES)
+
+
+def initialise_sharded(init: Callable[..., Any], mesh: Mesh, *args: Any) -> tuple[Any, Any]:
+    """Runs `init(*args)` so that every leaf is born on its devices, and returns (tree, shardings), unboxed.
+
+    No device ever holds a whole leaf that the rules split.
+    """
+    shardings = tree_shardings(mesh, jax.eval_shape(init, *args))
+    tree = jax.jit(lambda *a: nn.unbox(init(*a)), out_shardings=shardings)(*args)
+    return tree, shardings

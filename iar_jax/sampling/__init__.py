@@ -1,0 +1,1 @@
+"""Decoding with a KV cache and the choice of the next code."""

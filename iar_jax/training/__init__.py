@@ -1,0 +1,1 @@
+"""Train states, the optimizer and the jitted steps."""

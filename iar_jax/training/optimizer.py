@@ -1,0 +1,38 @@
+"""AdamW with LlamaGen's decay groups, global-norm clipping, and the learning-rate schedules."""
+
+from typing import Any
+
+import jax
+import optax
+
+
+def decay_mask(params: Any) -> Any:
+    """True for the leaves that weight decay acts on: matrices and larger (LlamaGen's groups: two dimensions or more).
+
+    Leaves below a "layers" key have a leading layer axis, which does not count.
+    """
+
+    def decays(path, leaf):
+        stacked = any(getattr(entry, "key", None) == "layers" for entry in path)
+        return leaf.ndim - stacked >= 2
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def learning_rate_schedule(kind: str, peak: float, warmup_steps: int, num_steps: int) -> optax.Schedule:
+    """Linear warm-up from 0, then "constant", or "cosine" down to 0 at num_steps."""
+    if kind == "constant":
+        after = optax.constant_schedule(peak)
+    else:
+        after = optax.cosine_decay_schedule(peak, max(1, num_steps - warmup_steps))
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, max(1, warmup_steps)), after], [warmup_steps])
+
+
+def make_optimizer(
+    learning_rate: optax.ScalarOrSchedule, *, b1: float, b2: float, weight_decay: float, clip_norm: float
+) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW."""
+    return optax.chain(
+        optax.clip_by_global_norm(clip_norm),
+        optax.adamw(learning_rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=decay_mask),
+    )

@@ -1,0 +1,64 @@
+"""Everything that a training run carries from step to step, as pytrees."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """State of the transformer's training (and of the feature classifier's).
+
+    Attributes:
+        step: number of finished steps.
+        params: float32 parameters.
+        opt_state: of optax.
+        ema_params: exponential moving average of the parameters.
+    """
+
+    step: Int[Array, ""]
+    params: Any
+    opt_state: Any
+    ema_params: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DiscriminatorState:
+    """Parameters, batch statistics and optimizer of the tokenizer's discriminator."""
+
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TokenizerState:
+    """State of the tokenizer's training.
+
+    Attributes:
+        step, params, opt_state, ema_params: as in TrainState.
+        code_usage: moving average of how often each code is chosen, times N: 1 is an even share.
+        discriminator: None where the adversarial loss is off.
+    """
+
+    step: Int[Array, ""]
+    params: Any
+    opt_state: Any
+    ema_params: Any
+    code_usage: Float[Array, " N"]
+    discriminator: DiscriminatorState | None
+
+
+def update_ema(ema: Any, params: Any, decay: float, step: Int[Array, ""]) -> Any:
+    """Moves the average towards the parameters.
+
+    The decay starts at 0.1 and rises as (1 + step) / (10 + step) up to `decay`, so that a short run's average is not
+    made of its random start.
+    """
+    decay = jax.numpy.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda average, new: average + (1.0 - decay) * (new - average), ema, params)
