@@ -67,8 +67,8 @@ def balanced_kmeans(
         raise ValueError(f"vectors must be finite; the first that is not is vector {bad}")
     if max_iterations < 1 or num_restarts < 1:
         raise ValueError(f"max_iterations ({max_iterations}) and num_restarts ({num_restarts}) must be positive")
-    if (initial_centroids is None) == (key is None):
-        raise ValueError("give either initial_centroids or a key to draw them with")
+    if initial_centroids is not None and key is not None:
+        raise ValueError("give either initial_centroids or a key to draw them with, not both")
     if initial_centroids is not None:
         if num_restarts != 1:
             raise ValueError("restarts from the same initial_centroids are all the same; give a key instead")
@@ -77,11 +77,13 @@ def balanced_kmeans(
                 f"initial_centroids must be finite and of shape {(num_clusters, dim)}; got {initial_centroids.shape}"
             )
         starts = jnp.asarray(initial_centroids, jnp.float32)[None]
-    else:
+    elif key is not None:
         picks = jax.vmap(lambda k: jax.random.permutation(k, num_vectors)[:num_clusters])(
             jax.random.split(key, num_restarts)
         )
         starts = jnp.asarray(vectors, jnp.float32)[picks]
+    else:
+        raise ValueError("give initial_centroids, or a key to draw them with")
     return _best_run(jnp.asarray(vectors, jnp.float32), starts, max_iterations)
 
 

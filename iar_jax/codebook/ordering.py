@@ -4,9 +4,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 
-def order_by_cluster(
-    vectors: Float[np.ndarray, "N d"], assignment: Int[np.ndarray, " N"]
-) -> Int[np.ndarray, " N"]:
+def order_by_cluster(vectors: Float[np.ndarray, "N d"], assignment: Int[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
     """Old ids in their new order: clusters by index, inside each the nearest-neighbour chain.
 
     Args:

@@ -1,6 +1,9 @@
 """The rearrangement of a codebook: a permutation of ids whose blocks of `cluster_size` are the clusters."""
 
 import dataclasses
+import io
+import zipfile
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -54,3 +57,38 @@ def invert(permutation: Int[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
     inverse = np.empty(len(permutation), np.int32)
     inverse[permutation] = np.arange(len(permutation), dtype=np.int32)
     return inverse
+
+
+def save_permutation(path: Any, permutation: Permutation, codebook_fingerprint: str) -> None:
+    """Writes permutation.npz, whole or not at all.
+
+    Args:
+        path: an epath.Path (any path with `parent`, `name`, `write_bytes`).
+        codebook_fingerprint: of the codebook that the old ids belong to.
+    """
+    buffer = io.BytesIO()
+    np.savez(
+        buffer,
+        old_to_new=permutation.old_to_new.astype(np.int32),
+        cluster_size=permutation.cluster_size,
+        codebook_fingerprint=codebook_fingerprint,
+    )
+    partial = path.parent / (path.name + ".partial")
+    partial.write_bytes(buffer.getvalue())
+    partial.replace(path)
+
+
+def load_permutation(path: Any) -> tuple[Permutation, str]:
+    """The permutation in a file and the fingerprint of its codebook. Nothing in the file is executed.
+
+    Raises:
+        ValueError: the file is damaged, or holds no permutation.
+    """
+    try:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as content:
+            return (
+                Permutation(content["old_to_new"].astype(np.int32), int(content["cluster_size"])),
+                str(content["codebook_fingerprint"]),
+            )
+    except (KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is no permutation file ({error})") from error

@@ -5,17 +5,18 @@ import functools
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Iterable
 from concurrent import futures
 from typing import Protocol
 
 import numpy as np
 from etils import epath
 from jaxtyping import UInt8
+from ml_collections import ConfigDict
 from PIL import Image
 
 from iar_jax.data import preprocessing
 from iar_jax.runtime.errors import UserError
+from iar_jax.runtime.progress import progress, say
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -88,31 +89,18 @@ class FileSource:
         }
 
 
-def open_images(
-    source: str,
-    *,
-    resolution: int,
-    val_fraction: float,
-    max_unreadable: int,
-    progress: Callable[[Iterable, int, str], Iterable] = lambda items, total, name: items,
-) -> ImageDataset:
-    """Opens a data set by its name in the config.
-
-    Args:
-        source: "mnist5k" or "folder:PATH".
-        resolution: side of the pictures in pixels.
-        val_fraction: share of each class held out, in (0, 1).
-        max_unreadable: how many files may be broken before the folder is refused.
-        progress: wraps the loop over files.
+def open_images(section: ConfigDict) -> ImageDataset:
+    """Opens the data set that config.data describes.
 
     Raises:
         UserError: unknown source, or a folder that cannot be trained on.
     """
-    if source == "mnist5k":
-        return mnist5k(resolution, val_fraction)
-    if source.startswith("folder:"):
-        return image_folder(source.removeprefix("folder:"), resolution, val_fraction, max_unreadable, progress)
-    raise UserError(f"config.data.source is {source!r}; allowed are 'mnist5k' and 'folder:PATH'")
+    if section.source == "mnist5k":
+        return mnist5k(section.resolution, section.val_fraction)
+    if section.source.startswith("folder:"):
+        path = section.source.removeprefix("folder:")
+        return image_folder(path, section.resolution, section.val_fraction, section.max_unreadable)
+    raise UserError(f"config.data.source is {section.source!r}; allowed are 'mnist5k' and 'folder:PATH'")
 
 
 def split_by_class(labels: np.ndarray, val_fraction: float) -> tuple[np.ndarray, np.ndarray]:
@@ -161,13 +149,8 @@ def read_image(path: str) -> Image.Image:
             raise OSError(str(error)) from error
 
 
-def image_folder(
-    path: str,
-    resolution: int,
-    val_fraction: float,
-    max_unreadable: int,
-    progress: Callable[[Iterable, int, str], Iterable],
-) -> ImageDataset:
+@functools.cache
+def image_folder(path: str, resolution: int, val_fraction: float, max_unreadable: int) -> ImageDataset:
     """A folder with one sub-folder a class; classes in the sorted order of their names.
 
     Every file is decoded once here, so that a broken one is known before anything trains. A link that leads out of
@@ -202,8 +185,11 @@ def image_folder(
             return f"{file[0]}: {error}"
         return None
 
-    with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        defects = list(progress(pool.map(defect, files), len(files), "reading images"))
+    defects = []
+    with progress("reading images", len(files), "files") as seen, futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        for found in pool.map(defect, files):
+            defects.append(found)
+            seen.update()
     unreadable = tuple(d for d in defects if d)
     if len(unreadable) > max_unreadable:
         shown = "\n  ".join(unreadable[:10])
@@ -211,6 +197,8 @@ def image_folder(
             f"{path}: {len(unreadable)} of {len(files)} images cannot be read, and config.data.max_unreadable allows "
             f"{max_unreadable}:\n  {shown}"
         )
+    for broken in unreadable:
+        say(f"left out, not readable: {broken}")
     files = [file for file, broken in zip(files, defects, strict=True) if not broken]
     labels = np.array([label for _, label in files], np.int32)
     counts = np.bincount(labels, minlength=len(class_names))
@@ -221,8 +209,9 @@ def image_folder(
                 "one to train on and one to validate with"
             )
     train, val = split_by_class(labels, val_fraction)
-    names = "\n".join(f"{label} {os.path.getsize(p)} {os.path.relpath(p, root)}" for p, label in files)
-    digest = hashlib.sha256(f"{resolution} {names}".encode() + val.tobytes())
+    digest = hashlib.sha256(f"{resolution} {class_names}".encode() + val.tobytes())
+    for file_path, label in files:
+        digest.update(f"\n{label} {os.path.getsize(file_path)} {os.path.relpath(file_path, root)}".encode())
 
     def source(indices):
         return FileSource(tuple(files[i][0] for i in indices), labels[indices], indices, resolution)

@@ -57,7 +57,7 @@ def random_crop_flip(
 ) -> UInt8[np.ndarray, "H W 3"]:
     """A random square of side [smallest, 1] of the picture, scaled back to its size and mirrored half the time."""
     size = pixels.shape[0]
-    side = int(round(size * rng.uniform(smallest, 1.0)))
+    side = round(size * rng.uniform(smallest, 1.0))
     top, left = (int(rng.integers(0, size - side + 1)) for _ in range(2))
     if side < size:
         crop = Image.fromarray(pixels[top : top + side, left : left + side])

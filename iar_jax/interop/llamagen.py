@@ -176,7 +176,9 @@ def save_tokenizer(params: Any, path: str | Path) -> None:
     """
     encoder, decoder = params["encoder"], params["decoder"]
     if np.shape(encoder["conv_in"]["kernel"])[2] != 3 or np.shape(decoder["conv_out"]["kernel"])[3] != 3:
-        raise UserError("this tokenizer has patch_size > 1; LlamaGen's network has no such stem, so it can't be written")
+        raise UserError(
+            "this tokenizer has patch_size > 1; LlamaGen's network has no such stem, so it can't be written"
+        )
     num_levels = _count(encoder, r"level(\d+)_res")
     num_res_blocks = _count(encoder, r"level0_res(\d+)")
     weights = {"quantize.embedding.weight": params["quantizer"]["codebook"]}
@@ -219,7 +221,8 @@ class _Taker:
     """Takes tensors out of a state dict, as float32, and knows which were never asked for."""
 
     def __init__(self, weights: StateDict, path: str | Path):
-        self.weights, self.path, self.taken = weights, path, set()
+        self.weights, self.path = weights, path
+        self.taken: set[str] = set()
 
     def shape(self, name: str, ndim: int) -> tuple[int, ...]:
         if name not in self.weights:
@@ -251,8 +254,8 @@ def _check_frequencies(weights: StateDict, path: str | Path, grid_size: int, hea
     expected = rope_table(grid_size, head_dim, base)
     if table.shape != expected.shape:
         raise UserError(
-            f"{path}: freqs_cis has shape {table.shape}, but num_heads and grid_size {grid_size} make {expected.shape}; "
-            "one of the two is not this model's"
+            f"{path}: freqs_cis has shape {table.shape}, but num_heads and grid_size {grid_size} make "
+            f"{expected.shape}; one of the two is not this model's"
         )
     if np.abs(table.astype(np.float32) - expected).max() > 0.02:  # bfloat16 files round at 0.004
         raise UserError(f"{path}: freqs_cis is not the rotary table of a grid of side {grid_size}")

@@ -19,9 +19,7 @@ class Classifier(nn.Module):
     dropout_rate: float = 0.3
 
     @nn.compact
-    def __call__(
-        self, images: Float[Array, "B R R 3"]
-    ) -> tuple[Float[Array, "B F"], Float[Array, "B C"]]:
+    def __call__(self, images: Float[Array, "B R R 3"]) -> tuple[Float[Array, "B F"], Float[Array, "B C"]]:
         """Features, float32 and not negative, and logits over the classes."""
         x = nn.Conv(self.channels, (5, 5), strides=2, name="stem")(images)
         side, channels = self.resolution // 2, self.channels

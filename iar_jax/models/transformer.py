@@ -14,8 +14,6 @@ from jaxtyping import Array, Float, Int
 
 from iar_jax.models.rope import apply_rope, rope_table
 
-INIT = nn.initializers.normal(0.02)
-
 
 def swiglu_hidden_dim(dim: int) -> int:
     """Hidden width of the feed-forward block: two thirds of 4 * dim, up to a multiple of 256."""
@@ -67,6 +65,7 @@ class Attention(nn.Module):
     """Causal self-attention with fused projections and rotary embedding."""
 
     num_heads: int
+    init_std: float
     dtype: jnp.dtype
 
     @nn.compact
@@ -77,17 +76,18 @@ class Attention(nn.Module):
         cache: LayerCache | None,
         position: Int[Array, ""] | None,
     ) -> tuple[Float[Array, "B L D"], LayerCache | None]:
-        b, length, dim = x.shape
+        dim = x.shape[-1]
         head_dim = dim // self.num_heads
+        init = nn.initializers.normal(self.init_std)
         wqkv = self.param(
-            "wqkv", partitioned(INIT, "embed", "qkv", "heads", "head_dim"), (dim, 3, self.num_heads, head_dim)
+            "wqkv", partitioned(init, "embed", "qkv", "heads", "head_dim"), (dim, 3, self.num_heads, head_dim)
         )
-        wo = self.param("wo", partitioned(INIT, "heads", "head_dim", "embed"), (self.num_heads, head_dim, dim))
+        wo = self.param("wo", partitioned(init, "heads", "head_dim", "embed"), (self.num_heads, head_dim, dim))
         qkv = jnp.einsum("BLD,DTHK->BLTHK", x, wqkv.astype(self.dtype))
         qkv = nn.with_logical_constraint(qkv, ("batch", None, None, "heads", None))
         q, k, v = (qkv[:, :, i] for i in range(3))
         q, k = apply_rope(q, rope), apply_rope(k, rope)
-        if cache is None:
+        if cache is None or position is None:
             # is_causal, never a mask tensor: cuDNN's backward is wrong with one at 576 positions.
             out = jax.nn.dot_product_attention(q, k, v, is_causal=True)
         else:
@@ -103,13 +103,15 @@ class FeedForward(nn.Module):
     """SwiGLU: w2(silu(w1 x) * w3 x); w1 and w3 are one array [D, 2, F]."""
 
     hidden_dim: int
+    init_std: float
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         dim = x.shape[-1]
-        w13 = self.param("w13", partitioned(INIT, "embed", "gate", "hidden"), (dim, 2, self.hidden_dim))
-        w2 = self.param("w2", partitioned(INIT, "hidden", "embed"), (self.hidden_dim, dim))
+        init = nn.initializers.normal(self.init_std)
+        w13 = self.param("w13", partitioned(init, "embed", "gate", "hidden"), (dim, 2, self.hidden_dim))
+        w2 = self.param("w2", partitioned(init, "hidden", "embed"), (self.hidden_dim, dim))
         gated = jnp.einsum("BLD,DGF->BLGF", x, w13.astype(self.dtype))
         gated = nn.with_logical_constraint(gated, ("batch", None, None, "hidden"))
         hidden = nn.silu(gated[:, :, 0]) * gated[:, :, 1]
@@ -122,6 +124,7 @@ class Block(nn.Module):
     num_heads: int
     hidden_dim: int
     norm_eps: float
+    init_std: float
     residual_dropout_rate: float
     ffn_dropout_rate: float
     drop_path_rate: float
@@ -137,10 +140,12 @@ class Block(nn.Module):
     ) -> tuple[Float[Array, "B L D"], LayerCache | None]:
         x = nn.with_logical_constraint(x, ("batch", None, None))
         normed = RMSNorm(self.norm_eps, self.dtype, name="attention_norm")(x)
-        out, cache = Attention(self.num_heads, self.dtype, name="attention")(normed, rope, cache, position)
+        out, cache = Attention(self.num_heads, self.init_std, self.dtype, name="attention")(
+            normed, rope, cache, position
+        )
         x = x + self.residual(out, self.residual_dropout_rate)
         normed = RMSNorm(self.norm_eps, self.dtype, name="ffn_norm")(x)
-        out = FeedForward(self.hidden_dim, self.dtype, name="feed_forward")(normed)
+        out = FeedForward(self.hidden_dim, self.init_std, self.dtype, name="feed_forward")(normed)
         return x + self.residual(out, self.ffn_dropout_rate), cache
 
     def residual(self, x, dropout_rate):
@@ -158,6 +163,8 @@ class Transformer(nn.Module):
         grid_size: side of the square of codes; L = grid_size ** 2.
         dim, num_layers, num_heads: width, depth, attention heads.
         hidden_dim: of the feed-forward blocks; `swiglu_hidden_dim(dim)` is LlamaGen's.
+        init_std: standard deviation of all initial weights but the head's zeros; 0.02 is LlamaGen's, and too small
+            for narrow models, which want about dim ** -0.5.
         dtype: of activations and matrix products; parameters are float32.
         remat: recompute each layer in the backward pass instead of keeping its activations.
         scan_unroll: layers unrolled in one step of the layer scan; num_layers unrolls all. Parameters are stacked
@@ -173,6 +180,7 @@ class Transformer(nn.Module):
     hidden_dim: int
     norm_eps: float = 1e-5
     rope_base: float = 10000.0
+    init_std: float = 0.02
     token_dropout_rate: float = 0.0
     residual_dropout_rate: float = 0.0
     ffn_dropout_rate: float = 0.0
@@ -191,10 +199,11 @@ class Transformer(nn.Module):
         return self.num_classes
 
     def setup(self):
+        init = nn.initializers.normal(self.init_std)
         self.class_table = self.param(
-            "class_table", partitioned(INIT, "classes", "embed"), (self.num_classes + 1, self.dim)
+            "class_table", partitioned(init, "classes", "embed"), (self.num_classes + 1, self.dim)
         )
-        self.token_table = self.param("token_table", partitioned(INIT, "vocab", "embed"), (self.vocab_size, self.dim))
+        self.token_table = self.param("token_table", partitioned(init, "vocab", "embed"), (self.vocab_size, self.dim))
         block = nn.remat(Block, prevent_cse=False) if self.remat else Block
         self.layers = nn.scan(
             block,
@@ -217,6 +226,7 @@ class Transformer(nn.Module):
             "num_heads": self.num_heads,
             "hidden_dim": self.hidden_dim,
             "norm_eps": self.norm_eps,
+            "init_std": self.init_std,
             "residual_dropout_rate": self.residual_dropout_rate,
             "ffn_dropout_rate": self.ffn_dropout_rate,
             "drop_path_rate": self.drop_path_rate,

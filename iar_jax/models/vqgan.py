@@ -115,6 +115,26 @@ class Encoder(nn.Module):
         return conv(self.z_channels, 3, self.dtype, "conv_out")(x)
 
 
+class PatchEncoder(nn.Module):
+    """Images [B, H, W, 3] -> features [B, h, w, z_channels] of each patch by itself: two hidden layers on its pixels.
+
+    Equal patches get equal codes, whatever is around them. On pictures with a flat background, where a convolutional
+    encoder spends most of its codes on the background's surroundings, that leaves far less for a transformer to guess.
+    """
+
+    channels: int
+    z_channels: int
+    patch_size: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w Z"]:
+        x = space_to_depth(images.astype(self.dtype), self.patch_size)
+        x = nn.swish(conv(self.channels, 1, self.dtype, "conv_in")(x))
+        x = nn.swish(conv(self.channels, 1, self.dtype, "conv_mid")(x))
+        return conv(self.z_channels, 1, self.dtype, "conv_out")(x)
+
+
 class Decoder(nn.Module):
     """Features [B, h, w, z_channels] -> images [B, H, W, 3], unbounded."""
 
@@ -155,8 +175,8 @@ class VQModel(nn.Module):
     """The tokenizer. Images are [B, H, W, 3] in [-1, 1]; codes are [B, h, w] int32 in [0, codebook_size).
 
     H and W must be multiples of `downsampling`. Fields are the arguments of LlamaGen's `VQModel`, plus
-    `patch_size` (the stem), `attention` (self-attention at the lowest resolution) and `dtype` (of the computation;
-    parameters are float32).
+    `patch_size` (the stem), `local_encoder` (a `PatchEncoder` in place of LlamaGen's; one level only), `attention`
+    (self-attention at the lowest resolution) and `dtype` (of the computation; parameters are float32).
     """
 
     channels: int
@@ -166,6 +186,7 @@ class VQModel(nn.Module):
     codebook_size: int
     codebook_dim: int
     patch_size: int = 1
+    local_encoder: bool = False
     attention: bool = True
     dtype: jnp.dtype = jnp.float32
 
@@ -175,16 +196,17 @@ class VQModel(nn.Module):
         return self.patch_size * 2 ** (len(self.channel_multipliers) - 1)
 
     def setup(self):
-        shared = {
-            "channels": self.channels,
+        stem = {"channels": self.channels, "patch_size": self.patch_size, "dtype": self.dtype}
+        levels = {
             "channel_multipliers": tuple(self.channel_multipliers),
             "num_res_blocks": self.num_res_blocks,
-            "patch_size": self.patch_size,
             "attention": self.attention,
-            "dtype": self.dtype,
         }
-        self.encoder = Encoder(z_channels=self.z_channels, **shared)
-        self.decoder = Decoder(**shared)
+        if self.local_encoder:
+            self.encoder = PatchEncoder(z_channels=self.z_channels, **stem)
+        else:
+            self.encoder = Encoder(z_channels=self.z_channels, **stem, **levels)
+        self.decoder = Decoder(**stem, **levels)
         self.quantizer = Quantizer(self.codebook_size, self.codebook_dim)
         self.quant_conv = conv(self.codebook_dim, 1, self.dtype, None)
         self.post_quant_conv = conv(self.z_channels, 1, self.dtype, None)

@@ -82,6 +82,21 @@ def tree_shardings(mesh: Mesh, boxed: Any) -> Any:
     return nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, LOGICAL_AXIS_RULES)
 
 
+def unbox(boxed: Any) -> Any:
+    """The tree without its logical axes."""
+    return nn.unbox(boxed)
+
+
+def check_batch_size(mesh: Mesh, batch_size: int, field: str) -> None:
+    """Raises UserError when a global batch cannot be split over the mesh."""
+    shards = num_batch_shards(mesh)
+    if batch_size % shards:
+        raise UserError(
+            f"{field} is {batch_size}; it must be a multiple of data {mesh.shape['data']} x fsdp "
+            f"{mesh.shape['fsdp']} = {shards}, the parts that the mesh splits a batch into"
+        )
+
+
 def initialise_sharded(init: Callable[..., Any], mesh: Mesh, *args: Any) -> tuple[Any, Any]:
     """Runs `init(*args)` so that every leaf is born on its devices, and returns (tree, shardings), unboxed.
 

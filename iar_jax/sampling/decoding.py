@@ -40,7 +40,9 @@ def generate(
         ValueError: a temperature or top_p out of range.
     """
     if temperature <= 0.0:
-        raise ValueError(f"temperature is {temperature}; it must be positive (greedy=True takes the most probable code)")
+        raise ValueError(
+            f"temperature is {temperature}; it must be positive (greedy=True takes the most probable code)"
+        )
     if not 0.0 < top_p <= 1.0:
         raise ValueError(f"top_p is {top_p}; it must be in (0, 1]")
     return _generate(
@@ -60,7 +62,9 @@ def generate(
 def empty_cache(module: Transformer, batch_size: int) -> list[LayerCache]:
     """Zeros for the keys and values of every layer."""
     shape = (batch_size, module.num_tokens, module.num_heads, module.dim // module.num_heads)
-    return [LayerCache(jnp.zeros(shape, module.dtype), jnp.zeros(shape, module.dtype)) for _ in range(module.num_layers)]
+    return [
+        LayerCache(jnp.zeros(shape, module.dtype), jnp.zeros(shape, module.dtype)) for _ in range(module.num_layers)
+    ]
 
 
 def decode_step(

@@ -60,5 +60,5 @@ def update_ema(ema: Any, params: Any, decay: float, step: Int[Array, ""]) -> Any
     The decay starts at 0.1 and rises as (1 + step) / (10 + step) up to `decay`, so that a short run's average is not
     made of its random start.
     """
-    decay = jax.numpy.minimum(decay, (1.0 + step) / (10.0 + step))
-    return jax.tree.map(lambda average, new: average + (1.0 - decay) * (new - average), ema, params)
+    rate = 1.0 - jax.numpy.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda average, new: average + rate * (new - average), ema, params)

@@ -214,7 +214,7 @@ def restart_dead_codes(
 def make_tokenizer_eval_step(
     model: VQModel,
 ) -> Callable[[Any, Float[Array, "B H W 3"], Array], tuple[Array, Array, Array]]:
-    """(params, images, valid) -> reconstructions, PSNR of each image [B] in dB, uses of each code [N] by valid images."""
+    """(params, images, valid) -> reconstructions, PSNR of each image [B] in dB, uses of each code [N] by valid ones."""
 
     def eval_step(params, images, valid):
         reconstructions, quantized = model.apply({"params": params}, images)

@@ -15,9 +15,7 @@ from iar_jax.training.state import TrainState, update_ema
 Metrics = dict[str, Float[Array, ""]]
 
 
-def init_train_state(
-    key: Key[Array, ""], model: Transformer, optimizer: optax.GradientTransformation
-) -> TrainState:
+def init_train_state(key: Key[Array, ""], model: Transformer, optimizer: optax.GradientTransformation) -> TrainState:
     """A fresh state whose leaves carry their logical axes (flax boxes)."""
     params = model.init(key, jnp.zeros((1,), jnp.int32), jnp.zeros((1, model.num_tokens), jnp.int32))["params"]
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema_params=params)

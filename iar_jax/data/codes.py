@@ -1,0 +1,171 @@
+"""Code records: the codes of all crops of one image, in sharded ArrayRecord files.
+
+Ids in the records are those of the ORIGINAL codebook; the permutation is applied when they are read for training.
+"""
+
+import dataclasses
+import hashlib
+import struct
+
+import numpy as np
+from array_record.python import array_record_module
+from etils import epath
+from grain.sources import ArrayRecordDataSource
+from jaxtyping import Int
+
+from iar_jax.codebook.permutation import Permutation, load_permutation
+from iar_jax.runtime.artifacts import Metadata, fingerprint_arrays, require
+from iar_jax.runtime.errors import UserError
+
+# image id, label, number of crops, codes of a crop, bytes of a code; little-endian.
+HEADER = struct.Struct("<qiIIB")
+
+
+@dataclasses.dataclass(frozen=True)
+class CodeRecord:
+    """Codes [crops, L] of one image, with its label and its id."""
+
+    codes: Int[np.ndarray, "crops L"]
+    label: int
+    image_id: int
+
+
+def pack(record: CodeRecord, codebook_size: int) -> bytes:
+    """Bytes of a record; uint16 codes where the codebook allows it, int32 otherwise."""
+    dtype = np.dtype("<u2" if codebook_size <= 65536 else "<i4")
+    crops, length = record.codes.shape
+    header = HEADER.pack(record.image_id, record.label, crops, length, dtype.itemsize)
+    return header + record.codes.astype(dtype).tobytes()
+
+
+def unpack(content: bytes) -> CodeRecord:
+    """Undoes `pack`.
+
+    Raises:
+        ValueError: the bytes are no code record.
+    """
+    if len(content) < HEADER.size:
+        raise ValueError(f"a code record has {len(content)} bytes, fewer than its header")
+    image_id, label, crops, length, itemsize = HEADER.unpack_from(content)
+    if itemsize not in (2, 4) or len(content) != HEADER.size + crops * length * itemsize:
+        raise ValueError(f"a code record of {len(content)} bytes says it has {crops} x {length} codes of {itemsize}")
+    codes = np.frombuffer(content, "<u2" if itemsize == 2 else "<i4", offset=HEADER.size)
+    return CodeRecord(codes.reshape(crops, length).astype(np.int32), label, image_id)
+
+
+def shard_path(directory: epath.Path, shard: int, num_shards: int) -> epath.Path:
+    return directory / f"codes-{shard:05d}-of-{num_shards:05d}.array_record"
+
+
+def write_shard(path: epath.Path, records: list[bytes]) -> None:
+    """Writes one ArrayRecord file, whole or not at all."""
+    partial = path.parent / (path.name + ".partial")
+    writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1")
+    for record in records:
+        writer.write(record)
+    writer.close()
+    partial.replace(path)
+
+
+def fingerprint_records(paths: list[epath.Path]) -> str:
+    """SHA-256 over the content of all records in order, whatever their shards."""
+    digest = hashlib.sha256()
+    source = ArrayRecordDataSource([str(path) for path in paths])
+    for i in range(len(source)):
+        digest.update(hashlib.sha256(source[i]).digest())
+    return digest.hexdigest()
+
+
+def read_permutation(directory: epath.Path, tokenizer: Metadata, tokenizer_directory: epath.Path) -> Permutation:
+    """The finished permutation of a tokenizer's codebook.
+
+    Raises:
+        UserError: not there, damaged, or of another tokenizer.
+    """
+    metadata = require(directory, "rearrange_codebook")
+    if metadata.inputs["tokenizer"] != tokenizer.fingerprint:
+        raise UserError(
+            f"{directory} was made from another tokenizer ({metadata.inputs['tokenizer'][:12]}) than "
+            f"{tokenizer_directory} ({tokenizer.fingerprint[:12]}); run python -m "
+            "iar_jax.rearrange_codebook for this one"
+        )
+    try:
+        permutation, codebook_fingerprint = load_permutation(directory / "permutation.npz")
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    found = fingerprint_arrays(
+        {"old_to_new": permutation.old_to_new, "cluster_size": np.asarray(permutation.cluster_size)}
+    )
+    if found != metadata.fingerprint or codebook_fingerprint != metadata.figures["codebook_fingerprint"]:
+        raise UserError(f"{directory / 'permutation.npz'} is not the one that {directory / 'metadata.json'} describes")
+    return permutation
+
+
+class CodeSource:
+    """Random access to code records for training, as rearranged ids.
+
+    `source[i]` is {"codes": int32 [crops, L], "label", "image_id"}.
+
+    Raises:
+        UserError: from the constructor where shards are missing, from a read where a record does not fit the codebook
+            or the classes.
+    """
+
+    def __init__(self, directory: epath.Path, permutation: Permutation, num_classes: int):
+        self.paths = sorted(str(path) for path in directory.glob("codes-*.array_record"))
+        promised = int(self.paths[0].rsplit("-", 1)[1].split(".")[0]) if self.paths else 0
+        if not self.paths or len(self.paths) != promised:
+            raise UserError(
+                f"{directory} has {len(self.paths)} of {promised or 'its'} code files; run python -m "
+                "iar_jax.extract_codes again"
+            )
+        self.source = ArrayRecordDataSource(self.paths)
+        self.old_to_new = permutation.old_to_new
+        self.num_classes = num_classes
+
+    def __repr__(self) -> str:
+        return f"CodeSource({self.paths})"
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict:
+        try:
+            record = unpack(self.source[index])
+        except ValueError as error:
+            raise UserError(f"record {index} of {self.paths[0]} and its shards: {error}") from error
+        if record.codes.size and not 0 <= record.codes.min() <= record.codes.max() < len(self.old_to_new):
+            raise UserError(
+                f"record {index} (image {record.image_id}) has the code {record.codes.max()}; the codebook has "
+                f"{len(self.old_to_new)}: these codes are of another tokenizer, or damaged"
+            )
+        if not 0 <= record.label < self.num_classes:
+            raise UserError(
+                f"record {index} (image {record.image_id}) has the label {record.label}; there are "
+                f"{self.num_classes} classes"
+            )
+        return {
+            "codes": self.old_to_new[record.codes],
+            "label": np.int32(record.label),
+            "image_id": np.int64(record.image_id),
+        }
+
+
+def random_crop_codes(record: dict, rng: np.random.Generator) -> dict:
+    """A training example: the codes of one crop of an image, drawn evenly, [L]."""
+    crop = int(rng.integers(len(record["codes"])))
+    return {"codes": record["codes"][crop], "label": record["label"]}
+
+
+class FirstCrop:
+    """The same source with the codes of the first crop alone, for validation."""
+
+    def __init__(self, source: CodeSource):
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict:
+        record = self.source[index]
+        return {"codes": record["codes"][0], "label": record["label"]}

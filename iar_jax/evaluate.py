@@ -1,0 +1,334 @@
+"""Stage 6: samples + reference images -> metrics and the report.
+
+    python -m iar_jax.evaluate --config=configs/mnist.py --workdir=runs/mnist
+
+`config.evaluation.features=classifier` needs no weights from elsewhere: a small network is trained on the real
+images first, and its last hidden layer is what distances are taken in. Such figures compare runs on one data set
+with each other, never with published ones.
+"""
+
+import functools
+import io
+import json
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from iar_jax.data import loader, pictures, preprocessing
+from iar_jax.data.codes import read_permutation
+from iar_jax.data.images import ImageDataset, ImageSource, open_images
+from iar_jax.evaluation import features, frechet, precision_recall, report
+from iar_jax.models.build import load_tokenizer
+from iar_jax.models.classifier import Classifier
+from iar_jax.models.quantizer import normalize
+from iar_jax.runtime import artifacts, checkpoint, command_line, metric_log, sharding
+from iar_jax.runtime.progress import progress, say
+from iar_jax.training import classifier_steps
+from iar_jax.training.loop import TrainingRun
+from iar_jax.training.optimizer import learning_rate_schedule, make_optimizer
+
+# The sets that are scored against the training images, in the order of the report.
+REAL, RECONSTRUCTED, SAMPLED = "real val images (the floor)", "reconstructions of them", "samples"
+
+
+def run(config: ConfigDict, workdir: epath.Path) -> None:
+    """Scores the samples of config.sampling and leaves STEP-SETTINGS.json and report.html in workdir/evaluation."""
+    directory = workdir / "evaluation"
+    tokenizer_directory = artifacts.input_directory(config, workdir, "tokenizer", "tokenizer")
+    codebook_directory = artifacts.input_directory(config, workdir, "codebook", "codebook")
+    transformer_directory = artifacts.input_directory(config, workdir, "transformer", "train")
+    transformer = artifacts.require(transformer_directory, "train")
+    name = artifacts.samples_name(config, transformer.figures["step"])
+    samples_directory = workdir / "samples" / name
+    samples = artifacts.require(samples_directory, "sample")
+    inputs = {"samples": samples.fingerprint}
+    relevant = artifacts.relevant_config(config, ("seed", "data", "evaluation"))
+    done = artifacts.begin(directory / name, "evaluate", relevant, inputs)
+    if done and (directory / "report.html").exists():
+        say(f"evaluate: done, in {directory}")
+        announce(done.figures["scores"], samples_directory, directory, name)
+        return
+    start = time.monotonic()
+    mesh = sharding.make_mesh(**config.mesh)
+    images = open_images(config.data)
+    classifier, params, accuracy = trained_classifier(config, directory / "classifier", images, mesh)
+    model, tokenizer_params, tokenizer = load_tokenizer(tokenizer_directory, mesh)
+    permutation = read_permutation(codebook_directory, tokenizer, tokenizer_directory)
+
+    train_images, _ = all_images(images.train, "reading train images")
+    val_images, val_labels = all_images(images.val, "reading val images")
+    reconstructions, counts = reconstruct(model, tokenizer_params, val_images, config.evaluation.batch_size)
+    sampled = np.load(io.BytesIO((samples_directory / "samples.npz").read_bytes()), allow_pickle=False)["arr_0"]
+    sampled_labels = np.load(io.BytesIO((samples_directory / "labels.npy").read_bytes()), allow_pickle=False)
+
+    judge = functools.partial(features.classifier_features, classifier, params, batch_size=config.evaluation.batch_size)
+    reference = judge(train_images).features
+    statistics = frechet.feature_statistics(reference)
+    scores: dict[str, Any] = {}
+    for title, candidates, labels in (
+        (REAL, val_images, val_labels),
+        (RECONSTRUCTED, reconstructions, val_labels),
+        (SAMPLED, sampled, sampled_labels),
+    ):
+        found = judge(candidates)
+        precision, recall = precision_recall.precision_recall(reference, found.features, config.evaluation.neighbours)
+        scores[title] = {
+            "count": len(candidates),
+            "frechet_distance": frechet.frechet_distance(*statistics, *frechet.feature_statistics(found.features)),
+            "precision": precision,
+            "recall": recall,
+            "class_accuracy": float(np.mean(found.predictions == labels)),
+        }
+    content = {
+        "features": config.evaluation.features,
+        "classifier_val_accuracy": accuracy,
+        "reference": f"{images.name}, {len(train_images)} training images",
+        "labels": config.sampling.labels,
+        "cfg_scale": config.sampling.cfg_scale,
+        "scores": scores,
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    artifacts.write_bytes(directory / f"{name}.json", (json.dumps(content, indent=2) + "\n").encode())
+    seconds = time.monotonic() - start
+    metadata = {
+        "train_tokenizer": tokenizer,
+        "rearrange_codebook": artifacts.require(codebook_directory, "rearrange_codebook"),
+        "extract_codes": artifacts.require(
+            artifacts.input_directory(config, workdir, "codes", "codes") / "train", "extract_codes"
+        ),
+        "train": transformer,
+        "sample": samples,
+    }
+    codebook_picture = report.codebook_map(
+        np.asarray(normalize(tokenizer_params["quantizer"]["codebook"])),
+        permutation.cluster_of_old,
+        f"{len(permutation.old_to_new)} unit code vectors, one colour for each of "
+        f"{len(permutation.old_to_new) // permutation.cluster_size} clusters of {permutation.cluster_size}.",
+    )
+    page = report.page(
+        f"IAR on {images.name}",
+        f"{len(train_images)} training and {len(val_images)} validation images, {len(images.class_names)} classes, "
+        f"{config.data.resolution} x {config.data.resolution} pixels. Scores in the features of a classifier trained "
+        "on the same data; they compare runs on this data set only.",
+        cards(content, metadata),
+        [
+            report.Section(
+                "Pictures",
+                "One row a class. The reconstructions are the best that any sampler of this tokenizer can reach.",
+                figures=[
+                    report.picture(
+                        pictures.class_grid(sampled, sampled_labels), f"samples, cfg {config.sampling.cfg_scale:g}"
+                    ),
+                    report.picture(pictures.class_grid(val_images, val_labels), "real validation images"),
+                    report.picture(pictures.class_grid(reconstructions, val_labels), "their reconstructions"),
+                ],
+            ),
+            report.Section("Scores", "Each set against the training images.", tables=[scores_table(scores)]),
+            report.Section("Transformer", figures=transformer_curves(transformer_directory)),
+            report.Section(
+                "Tokenizer and codebook",
+                figures=[
+                    *tokenizer_curves(tokenizer_directory),
+                    report.usage_histogram(
+                        counts, f"{np.mean(counts > 0):.1%} of {len(counts)} codes are used on the validation images."
+                    ),
+                    codebook_picture,
+                ],
+            ),
+            report.Section("Wall time", tables=[time_table(metadata, seconds)]),
+            report.Section("Config", preformatted=config.to_json_best_effort(indent=2)),
+        ],
+    )
+    artifacts.write_bytes(directory / "report.html", page.encode())
+    artifacts.finish(directory / name, artifacts.fingerprint_arrays(reference), {"scores": content, "seconds": seconds})
+    announce(content, samples_directory, directory, name)
+
+
+def trained_classifier(
+    config: ConfigDict, directory: epath.Path, images: ImageDataset, mesh: Mesh
+) -> tuple[Classifier, Any, float]:
+    """The feature classifier of this data set, trained unless it is there, and its accuracy on the val split."""
+    section = config.evaluation
+    model = Classifier(num_classes=len(images.class_names), resolution=config.data.resolution)
+    relevant = artifacts.relevant_config(config, ("seed", "data", "evaluation"))
+    done = artifacts.begin(directory, "evaluate", relevant, {"images": images.fingerprint})
+    optimizer = make_optimizer(
+        learning_rate_schedule("cosine", section.classifier_learning_rate, 20, section.classifier_steps),
+        b1=0.9,
+        b2=0.99,
+        weight_decay=1e-2,
+        clip_norm=1.0,
+    )
+    init = functools.partial(classifier_steps.init_classifier_state, model=model, optimizer=optimizer)
+    key = jax.random.key(config.seed)
+    if done:
+        shapes = jax.eval_shape(init, key).ema_params
+        abstract = checkpoint.abstract_tree(shapes, jax.tree.map(lambda _: sharding.replicated(mesh), shapes))
+        params, _ = checkpoint.restore_params(directory / "checkpoints", abstract)
+        return model, params, done.figures["val_accuracy"]
+    sharding.check_batch_size(mesh, section.classifier_batch_size, "config.evaluation.classifier_batch_size")
+    with (
+        sharding.use_mesh(mesh),
+        TrainingRun(
+            directory,
+            "evaluate: classifier",
+            num_steps=section.classifier_steps,
+            batch_size=section.classifier_batch_size,
+            log_every=50,
+            checkpoint_every=500,
+            keep_checkpoints=1,
+        ) as training,
+    ):
+        state, shardings = sharding.initialise_sharded(init, mesh, key)
+        state = training.resume(state, checkpoint.abstract_tree(state, shardings))
+        train_step = jax.jit(
+            classifier_steps.make_classifier_train_step(
+                model, optimizer, ema_decay=0.99, key=jax.random.fold_in(key, 1)
+            ),
+            donate_argnums=0,
+            out_shardings=(shardings, sharding.replicated(mesh)),
+        )
+        batches = loader.train_batches(
+            images.train,
+            functools.partial(augment, config.data),
+            seed=config.seed,
+            batch_size=section.classifier_batch_size,
+            first_step=training.step,
+            process_index=0,
+            process_count=1,
+        )
+        for _ in training.steps():
+            batch = sharding.global_batch(mesh, next(batches))
+            state, metrics = train_step(state, batch["image"], batch["label"])
+            training.finished_step(state, metrics)
+    params = state.ema_params
+    val_images, val_labels = all_images(images.val, "reading val images")
+    found = features.classifier_features(model, params, val_images, section.batch_size)
+    accuracy = float(np.mean(found.predictions == val_labels))
+    artifacts.finish(directory, artifacts.fingerprint_arrays(jax.device_get(params)), {"val_accuracy": accuracy})
+    return model, params, accuracy
+
+
+def augment(section: ConfigDict, record: dict, rng: np.random.Generator) -> dict:
+    """A training picture of the classifier in [-1, 1], moved by up to two pixels, cropped where the config says so."""
+    pixels = preprocessing.random_shift(record["image"], 2, rng)
+    if section.augmentation == "crop_flip":
+        pixels = preprocessing.random_crop_flip(pixels, section.smallest_crop, rng)
+    return {"image": preprocessing.to_unit_range(pixels), "label": record["label"]}
+
+
+def all_images(source: ImageSource, title: str) -> tuple[np.ndarray, np.ndarray]:
+    """All pictures of a split and their labels."""
+    records = []
+    with progress(title, len(source), "images") as shown:
+        for i in range(len(source)):
+            records.append(source[i])
+            shown.update()
+    return np.stack([r["image"] for r in records]), np.array([r["label"] for r in records])
+
+
+def reconstruct(model, params, images: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures after the tokenizer, uint8, and how often each code was used."""
+
+    @jax.jit
+    def apply(params, batch):
+        reconstructions, quantized = model.apply({"params": params}, batch)
+        return reconstructions, quantized.codes
+
+    pictures_after, counts = [], np.zeros(model.codebook_size)
+    for start in range(0, len(images), batch_size):
+        batch = images[start : start + batch_size]
+        filled = np.concatenate([batch, np.repeat(batch[-1:], batch_size - len(batch), axis=0)])
+        found, codes = apply(params, preprocessing.to_unit_range(filled))
+        pictures_after.append(preprocessing.to_uint8(found)[: len(batch)])
+        counts += np.bincount(np.asarray(codes)[: len(batch)].ravel(), minlength=model.codebook_size)
+    return np.concatenate(pictures_after), counts
+
+
+def cards(content: dict[str, Any], metadata: dict[str, artifacts.Metadata]) -> list[tuple[str, str]]:
+    """The figures at the top of the report."""
+    scores = content["scores"]
+    ratio = scores[SAMPLED]["frechet_distance"] / scores[RECONSTRUCTED]["frechet_distance"]
+    return [
+        (f"{scores[SAMPLED]['class_accuracy']:.1%}", "samples recognised as the class asked for"),
+        (
+            f"{scores[SAMPLED]['frechet_distance']:.2f}",
+            f"Fréchet distance of samples, {ratio:.1f} x the reconstructions'",
+        ),
+        (f"{content['classifier_val_accuracy']:.1%}", "of real val images the classifier gets right"),
+        (f"{metadata['train_tokenizer'].figures['codebook_usage']:.1%}", "of the codebook used on val"),
+        (f"{metadata['train_tokenizer'].figures['psnr']:.1f} dB", "PSNR of reconstructions"),
+    ]
+
+
+def scores_table(scores: dict[str, Any]) -> report.Table:
+    head = ("set", "images", "Fréchet distance", "precision", "recall", "recognised as its class")
+    rows = [
+        (
+            title,
+            f"{row['count']}",
+            f"{row['frechet_distance']:.2f}",
+            f"{row['precision']:.3f}",
+            f"{row['recall']:.3f}",
+            f"{row['class_accuracy']:.1%}",
+        )
+        for title, row in scores.items()
+    ]
+    return report.Table(head, rows)
+
+
+def time_table(metadata: dict[str, artifacts.Metadata], evaluate_seconds: float) -> report.Table:
+    seconds = {stage: found.figures["seconds"] for stage, found in metadata.items()}
+    seconds["evaluate"] = evaluate_seconds
+    rows = [(stage, f"{value:.1f} s") for stage, value in seconds.items()]
+    return report.Table(("stage", "time"), [*rows, ("together", f"{sum(seconds.values()):.1f} s")])
+
+
+def transformer_curves(directory: epath.Path) -> list[report.Figure]:
+    metrics = metric_log.read_metrics(directory)
+    figures = [
+        report.curves(
+            metrics, ("token_loss", "cluster_loss"), "losses", "Nats a code; train with dropout, val without."
+        ),
+        report.curves(
+            metrics,
+            ("token_accuracy", "cluster_accuracy"),
+            "accuracies",
+            "Share of codes, and of their clusters, guessed right.",
+        ),
+    ]
+    return [figure for figure in figures if figure]
+
+
+def tokenizer_curves(directory: epath.Path) -> list[report.Figure]:
+    metrics = metric_log.read_metrics(directory)
+    figures = [
+        report.curves(
+            metrics, ("loss", "reconstruction_loss"), "tokenizer losses", "Weighted sum, and reconstruction alone."
+        ),
+        report.curves(metrics, ("psnr",), "PSNR", "dB, of reconstructions."),
+    ]
+    return [figure for figure in figures if figure]
+
+
+def announce(content: dict[str, Any], samples_directory: epath.Path, directory: epath.Path, name: str) -> None:
+    """The last lines on the terminal: scores and where everything is."""
+    say(f"\nclassifier: {content['classifier_val_accuracy']:.1%} of the real val images right")
+    say(f"{'':32}{'images':>8}{'Fréchet':>10}{'precision':>11}{'recall':>8}{'class':>8}")
+    for title, row in content["scores"].items():
+        say(
+            f"{title:32}{row['count']:>8}{row['frechet_distance']:>10.2f}{row['precision']:>11.3f}"
+            f"{row['recall']:>8.3f}{row['class_accuracy']:>8.1%}"
+        )
+    say(f"grid of samples   {samples_directory / 'grid.png'}")
+    say(f"scores            {directory / (name + '.json')}")
+    say(f"report            {directory / 'report.html'}")
+
+
+if __name__ == "__main__":
+    command_line.main(run)

@@ -1,0 +1,47 @@
+"""The Fréchet distance between two Gaussians, without a general matrix square root."""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+
+class FeatureStatistics(NamedTuple):
+    """Mean and unbiased covariance of features, float64."""
+
+    mean: Float[np.ndarray, " D"]
+    covariance: Float[np.ndarray, "D D"]
+
+
+def feature_statistics(features: Float[np.ndarray, "N D"]) -> FeatureStatistics:
+    """Mean and unbiased covariance (as numpy.cov with rowvar=False) in float64.
+
+    Raises:
+        ValueError: fewer than two rows, or features that are not finite.
+    """
+    features = np.asarray(features, np.float64)
+    if len(features) < 2:
+        raise ValueError(f"a covariance needs two rows of features at least; there are {len(features)}")
+    if not np.isfinite(features).all():
+        raise ValueError("features must be finite")
+    return FeatureStatistics(features.mean(axis=0), np.cov(features, rowvar=False).reshape(features.shape[1], -1))
+
+
+def frechet_distance(
+    mean1: Float[np.ndarray, " D"],
+    cov1: Float[np.ndarray, "D D"],
+    mean2: Float[np.ndarray, " D"],
+    cov2: Float[np.ndarray, "D D"],
+) -> float:
+    """|mean1 - mean2|^2 + tr(cov1) + tr(cov2) - 2 tr((cov1 cov2)^(1/2)).
+
+    The last trace is the sum of the square roots of the eigenvalues of cov1^(1/2) cov2 cov1^(1/2), which is
+    symmetric, so it is real and defined for singular covariances too; eigenvalues that rounding made negative count
+    as zero.
+    """
+    mean1, cov1, mean2, cov2 = (np.asarray(x, np.float64) for x in (mean1, cov1, mean2, cov2))
+    values, vectors = np.linalg.eigh(cov1)
+    root = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
+    middle = np.linalg.eigvalsh(root @ cov2 @ root)
+    trace = np.sum(np.sqrt(np.maximum(middle, 0.0)))
+    return float(np.sum(np.square(mean1 - mean2)) + np.trace(cov1) + np.trace(cov2) - 2.0 * trace)

@@ -1,0 +1,62 @@
+"""From a config section to a module, and from a finished artifact to a module with its weights."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from jax.sharding import Mesh
+
+from iar_jax.models.transformer import Transformer, swiglu_hidden_dim
+from iar_jax.models.vqgan import VQModel
+from iar_jax.runtime import artifacts, checkpoint, sharding
+
+
+def build_tokenizer(section: dict[str, Any]) -> VQModel:
+    """The tokenizer of config.tokenizer."""
+    fields = dict(section)
+    return VQModel(
+        **fields | {"channel_multipliers": tuple(fields["channel_multipliers"]), "dtype": jnp.dtype(fields["dtype"])}
+    )
+
+
+def build_transformer(section: dict[str, Any], *, vocab_size: int, num_classes: int, grid_size: int) -> Transformer:
+    """The transformer of config.model for a codebook, a number of classes and a grid."""
+    fields = dict(section)
+    hidden_dim = fields.pop("hidden_dim") or swiglu_hidden_dim(fields["dim"])
+    return Transformer(
+        vocab_size=vocab_size,
+        num_classes=num_classes,
+        grid_size=grid_size,
+        hidden_dim=hidden_dim,
+        **fields | {"dtype": jnp.dtype(fields["dtype"])},
+    )
+
+
+def transformer_facts(model: Transformer) -> dict[str, int]:
+    """What a transformer's config section does not say of it; kept in its metadata."""
+    return {"vocab_size": model.vocab_size, "num_classes": model.num_classes, "grid_size": model.grid_size}
+
+
+def load_tokenizer(directory: epath.Path, mesh: Mesh) -> tuple[VQModel, Any, artifacts.Metadata]:
+    """A finished tokenizer artifact: module, averaged weights on every device, metadata."""
+    metadata = artifacts.require(directory, "train_tokenizer")
+    model = build_tokenizer(metadata.config["tokenizer"])
+    resolution = metadata.config["data"]["resolution"]
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, resolution, resolution, 3)))["params"])
+    abstract = checkpoint.abstract_tree(shapes, jax.tree.map(lambda _: sharding.replicated(mesh), shapes))
+    params, _ = checkpoint.restore_params(directory / "checkpoints", abstract)
+    return model, params, metadata
+
+
+def load_transformer(directory: epath.Path, mesh: Mesh) -> tuple[Transformer, Any, int, artifacts.Metadata]:
+    """A finished transformer artifact: module, averaged weights sharded by the rules, step, metadata."""
+    metadata = artifacts.require(directory, "train")
+    model = build_transformer(
+        {"scan_unroll": 1, "remat": False} | metadata.config["model"], **metadata.figures["facts"]
+    )
+    labels, codes = jnp.zeros((1,), jnp.int32), jnp.zeros((1, model.num_tokens), jnp.int32)
+    boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), labels, codes)["params"])
+    abstract = checkpoint.abstract_tree(sharding.unbox(boxed), sharding.tree_shardings(mesh, boxed))
+    params, step = checkpoint.restore_params(directory / "checkpoints", abstract)
+    return model, params, step, metadata

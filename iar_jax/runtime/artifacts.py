@@ -1,0 +1,196 @@
+"""What a stage leaves in the workdir: files and a metadata.json that binds them to their inputs.
+
+An artifact is finished or it is not there. A stage refuses inputs that do not belong together and a config that
+changed behind a finished stage.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from iar_jax.runtime.errors import UserError
+
+FORMAT_VERSION = 1
+
+VERSIONED_PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
+
+# Fields that change how a stage runs but not what it makes.
+IMMATERIAL_FIELDS = ("log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "scan_unroll", "remat")
+
+
+@dataclasses.dataclass(frozen=True)
+class Metadata:
+    """The content of metadata.json.
+
+    Attributes:
+        stage: which stage made it.
+        finished: false while it is being made.
+        fingerprint: of the artifact's content; empty while it is being made.
+        inputs: fingerprints of what it was made from, by name.
+        config: the sections of the config that matter for it.
+        figures: what the stage measured, for people and the report.
+        versions: of the software that made it.
+    """
+
+    stage: str
+    finished: bool
+    fingerprint: str
+    inputs: dict[str, str]
+    config: dict[str, Any]
+    figures: dict[str, Any]
+    versions: dict[str, str]
+    format_version: int = FORMAT_VERSION
+
+
+def relevant_config(config: ConfigDict, sections: tuple[str, ...]) -> dict[str, Any]:
+    """The named sections (or single fields) as plain data, without the fields that do not matter."""
+    chosen = {}
+    for name in sections:
+        value = config[name]
+        if isinstance(value, ConfigDict):
+            value = {key: item for key, item in value.to_dict().items() if key not in IMMATERIAL_FIELDS}
+        chosen[name] = value
+    return json.loads(json.dumps(chosen))
+
+
+def read_metadata(directory: epath.Path) -> Metadata | None:
+    """The metadata of an artifact, finished or not; None where there is none.
+
+    Raises:
+        UserError: unreadable, or of a later format.
+    """
+    path = directory / "metadata.json"
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text())
+        version = content["format_version"]
+        if version != FORMAT_VERSION:
+            raise UserError(f"{path} has format version {version}; this program reads {FORMAT_VERSION}: update iar_jax")
+        return Metadata(**content)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is damaged ({error!r}); delete {directory} and run its stage again") from error
+
+
+def finished(directory: epath.Path, config: dict[str, Any], inputs: dict[str, str]) -> Metadata | None:
+    """Metadata of an artifact that is there and whole.
+
+    Args:
+        inputs: fingerprints that are known before anything is opened; others that the artifact has are not compared.
+
+    Raises:
+        UserError: what is there, finished or not, was made with another config or from other inputs.
+    """
+    found = read_metadata(directory)
+    if found is not None:
+        check_config_unchanged(directory, found, config)
+        for name, fingerprint in inputs.items():
+            if found.inputs.get(name) != fingerprint:
+                raise UserError(
+                    f"{directory} was made from another {name} ({found.inputs.get(name, 'none')[:12]}) than the one "
+                    f"given now ({fingerprint[:12]}); delete {directory} to make it again, or use another --workdir"
+                )
+    return found if found is not None and found.finished else None
+
+
+def begin(directory: epath.Path, stage: str, config: dict[str, Any], inputs: dict[str, str]) -> Metadata | None:
+    """Starts or resumes an artifact; returns its metadata if it is finished already.
+
+    Raises:
+        UserError: as `finished`.
+    """
+    done = finished(directory, config, inputs)
+    if read_metadata(directory) is None:
+        directory.mkdir(parents=True, exist_ok=True)
+        _write(directory, Metadata(stage, False, "", inputs, config, {}, _versions()))
+    return done
+
+
+def finish(directory: epath.Path, fingerprint: str, figures: dict[str, Any]) -> Metadata:
+    """Marks the artifact that `begin` started as whole."""
+    found = read_metadata(directory)
+    if found is None:
+        raise FileNotFoundError(f"{directory} was removed while its stage ran")
+    done = dataclasses.replace(found, finished=True, fingerprint=fingerprint, figures=figures, versions=_versions())
+    _write(directory, done)
+    return done
+
+
+def require(directory: epath.Path, stage: str) -> Metadata:
+    """Metadata of a finished artifact that a later stage reads.
+
+    Raises:
+        UserError: not there, not finished, or made by another stage.
+    """
+    found = read_metadata(directory)
+    if found is None or not found.finished:
+        state = "is not there" if found is None else "is not finished"
+        raise UserError(f"{directory} {state}; run python -m iar_jax.{stage} first (or python -m iar_jax.pipeline)")
+    if found.stage != stage:
+        raise UserError(f"{directory} was made by the stage {found.stage}; one made by {stage} is needed here")
+    return found
+
+
+def input_directory(config: ConfigDict, workdir: epath.Path, name: str, default: str) -> epath.Path:
+    """Where an input artifact lies: config.inputs.<name>, or its place in the workdir."""
+    return epath.Path(config.inputs[name]).expanduser() if config.inputs[name] else workdir / default
+
+
+def samples_name(config: ConfigDict, step: int) -> str:
+    """STEP-SETTINGS, the name of the samples of config.sampling from the checkpoint of a step, and of their scores."""
+    s = config.sampling
+    settings = f"cfg{s.cfg_scale:g}-t{s.temperature:g}-k{s.top_k}-p{s.top_p:g}-{s.labels}-n{s.num_images}-seed{s.seed}"
+    return f"{step:07d}-{settings}"
+
+
+def check_config_unchanged(directory: epath.Path, found: Metadata, config: dict[str, Any]) -> None:
+    """Raises UserError with the differences where an artifact was made with another config."""
+    differences = list(_differences(found.config, config, "config"))
+    if differences:
+        raise UserError(
+            f"{directory} was made with another config:\n  "
+            + "\n  ".join(differences)
+            + f"\nUse another --workdir, set the old values, or delete {directory} and what was made from it."
+        )
+
+
+def _differences(old: Any, new: Any, field: str):
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from _differences(old.get(key), new.get(key), f"{field}.{key}")
+    elif old != new:
+        yield f"{field} was {old!r}, now {new!r}"
+
+
+def _write(directory: epath.Path, metadata: Metadata) -> None:
+    partial = directory / "metadata.json.partial"
+    partial.write_text(json.dumps(dataclasses.asdict(metadata), indent=2) + "\n")
+    partial.replace(directory / "metadata.json")
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in VERSIONED_PACKAGES}
+
+
+def fingerprint_arrays(tree: Any) -> str:
+    """SHA-256 over names, shapes, dtypes and bytes of a tree of arrays."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        array = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}\n".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def write_bytes(path: epath.Path, content: bytes) -> None:
+    """Writes a file so that it is whole or not there."""
+    partial = path.parent / (path.name + ".partial")
+    partial.write_bytes(content)
+    partial.replace(path)

@@ -1,0 +1,105 @@
+"""The command line that all stages share: --config, --workdir and overrides of single fields."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from absl import app, flags, logging
+from etils import epath
+from ml_collections import ConfigDict, config_flags
+
+from iar_jax.runtime.config import check_config, field_names, unknown_field
+from iar_jax.runtime.default_config import default_config
+from iar_jax.runtime.errors import UserError
+from iar_jax.runtime.interruption import Interrupted
+
+EXIT_USER_ERROR = 2
+
+
+def main(run: Callable[[ConfigDict, epath.Path], None]) -> NoReturn:
+    """Parses and checks the command line, then calls run(config, workdir).
+
+    A UserError, from here or from the stage, is printed in one piece and ends the program with exit code 2; a stop
+    by signal with 128 plus the signal's number, as shells report it.
+    """
+    config_flags.DEFINE_config_file(
+        "config", None, "Path of the config, with its argument after a colon.", lock_config=True
+    )
+    flags.DEFINE_string("workdir", None, "Directory of the experiment; made if it is not there.")
+
+    def guarded(_):
+        try:
+            config = flags.FLAGS.config
+            check_config(config)
+            logging.set_verbosity(logging.WARNING)
+            workdir = epath.Path(flags.FLAGS.workdir).expanduser()
+            save_config(config, workdir)
+            run(config, workdir)
+        except UserError as error:
+            _fail(str(error), EXIT_USER_ERROR)
+        except Interrupted as stop:
+            _fail(str(stop), 128 + stop.signal_number)
+        except KeyboardInterrupt:
+            _fail("stopped; run the same command to go on", 128 + signal.SIGINT)
+
+    app.run(guarded, flags_parser=_parse)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        rest = flags.FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, UserError) as error:
+        _fail(_explain(argv, error), EXIT_USER_ERROR)
+    if flags.FLAGS.config is None or not flags.FLAGS.workdir:
+        _fail(
+            "give --config=configs/FILE.py and --workdir=DIR; single fields are set by --config.section.field=value",
+            EXIT_USER_ERROR,
+        )
+    if len(rest) > 1:
+        _fail(f"{rest[1]!r} is no option; fields are set by --config.section.field=value", EXIT_USER_ERROR)
+    return rest
+
+
+def _explain(argv: list[str], error: Exception) -> str:
+    """What is wrong with an override, in our words; for anything else the error's own."""
+    known = default_config()
+    names = field_names(known)
+    for argument in argv[1:]:
+        option, _, text = argument.lstrip("-").partition("=")
+        if not option.startswith("config."):
+            continue
+        if option not in names:
+            return unknown_field(option, names)
+        value = known
+        for part in option.split(".")[1:]:
+            value = value[part]
+        if isinstance(value, ConfigDict):
+            return f"{option} is a section; set one of its fields: {', '.join(value)}"
+        try:
+            {int: int, float: float}.get(type(value), str)(text)
+        except ValueError:
+            kind = {int: "an integer", float: "a number"}[type(value)]
+            return f"{option} is {text!r}; allowed is {kind}, such as {value}"
+        if isinstance(value, bool) and text.lower() not in ("true", "false", "1", "0", ""):
+            return f"{option} is {text!r}; allowed are true and false"
+        if isinstance(value, tuple) and not text.strip().startswith("("):
+            return f"{option} is {text!r}; allowed is a tuple of integers, such as {value}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def save_config(config: ConfigDict, workdir: epath.Path) -> None:
+    """Writes the resolved config to workdir/config.json, whole or not at all."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        partial = workdir / "config.json.partial"
+        partial.write_text(config.to_json_best_effort(indent=2) + "\n")
+        partial.replace(workdir / "config.json")
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be written: {error.strerror or error}") from error
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"\n{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
+    sys.exit(code)

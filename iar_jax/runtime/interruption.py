@@ -1,0 +1,40 @@
+"""Stopping a long loop between two steps when a signal asks for it."""
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+
+class Interrupted(Exception):
+    """Raised after the state was saved; carries the signal that asked for it."""
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
+class StopRequest:
+    """Whether, and by which signal, a stop was asked for."""
+
+    signal_number: int | None = None
+
+
+@contextlib.contextmanager
+def catch_stop_signals() -> Iterator[StopRequest]:
+    """Turns the first SIGINT or SIGTERM into a request that the loop looks at; the second acts at once."""
+    request = StopRequest()
+    before: dict[signal.Signals, Any] = {}
+
+    def handle(number, _frame):
+        request.signal_number = number
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+    for name in (signal.SIGINT, signal.SIGTERM):
+        before[name] = signal.signal(name, handle)
+    try:
+        yield request
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)

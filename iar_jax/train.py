@@ -1,0 +1,155 @@
+"""Stage 4: codes + permutation -> transformer, trained on token_loss + lambda * cluster_loss.
+
+python -m iar_jax.train --config=configs/mnist.py --workdir=runs/mnist
+"""
+
+import functools
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from iar_jax.data import loader
+from iar_jax.data.codes import CodeSource, FirstCrop, random_crop_codes, read_permutation
+from iar_jax.models.build import build_transformer, transformer_facts
+from iar_jax.runtime import artifacts, checkpoint, command_line, sharding
+from iar_jax.runtime.errors import UserError
+from iar_jax.runtime.progress import say
+from iar_jax.training import transformer_steps
+from iar_jax.training.loop import TrainingRun
+from iar_jax.training.optimizer import learning_rate_schedule, make_optimizer
+
+
+def run(config: ConfigDict, workdir: epath.Path) -> None:
+    """Trains the transformer of config.model on the rearranged codes and leaves it in workdir/train."""
+    directory = workdir / "train"
+    tokenizer_directory = artifacts.input_directory(config, workdir, "tokenizer", "tokenizer")
+    codebook_directory = artifacts.input_directory(config, workdir, "codebook", "codebook")
+    codes_directory = artifacts.input_directory(config, workdir, "codes", "codes")
+    tokenizer = artifacts.require(tokenizer_directory, "train_tokenizer")
+    permutation = read_permutation(codebook_directory, tokenizer, tokenizer_directory)
+    train_codes = read_codes_metadata(codes_directory / "train", tokenizer, tokenizer_directory)
+    val_codes = read_codes_metadata(codes_directory / "val", tokenizer, tokenizer_directory)
+    inputs = {
+        "tokenizer": tokenizer.fingerprint,
+        "codebook": artifacts.require(codebook_directory, "rearrange_codebook").fingerprint,
+        "codes": train_codes.fingerprint,
+        "val_codes": val_codes.fingerprint,
+    }
+    if artifacts.begin(directory, "train", artifacts.relevant_config(config, ("seed", "model", "training")), inputs):
+        say(f"train: done, in {directory}")
+        return
+    section = config.training
+    mesh = sharding.make_mesh(**config.mesh)
+    sharding.check_batch_size(mesh, section.batch_size, "config.training.batch_size")
+    if config.model.num_heads % mesh.shape["tensor"]:
+        raise UserError(
+            f"config.mesh.tensor is {mesh.shape['tensor']}, which does not divide the {config.model.num_heads} heads"
+        )
+
+    num_classes = len(train_codes.figures["class_names"])
+    source = CodeSource(codes_directory / "train", permutation, num_classes)
+    val_source = FirstCrop(CodeSource(codes_directory / "val", permutation, num_classes))
+    num_tokens = source[0]["codes"].shape[1]
+    grid_size = round(num_tokens**0.5)
+    if grid_size**2 != num_tokens:
+        raise UserError(f"{codes_directory} has {num_tokens} codes an image, which is no square grid")
+
+    model = build_transformer(
+        config.model, vocab_size=len(permutation.old_to_new), num_classes=num_classes, grid_size=grid_size
+    )
+    optimizer = make_optimizer(
+        learning_rate_schedule(section.schedule, section.learning_rate, section.warmup_steps, section.num_steps),
+        b1=section.b1,
+        b2=section.b2,
+        weight_decay=section.weight_decay,
+        clip_norm=section.clip_norm,
+    )
+    key = jax.random.key(config.seed)
+    train_step = transformer_steps.make_train_step(
+        model,
+        optimizer,
+        cluster_size=permutation.cluster_size,
+        cluster_weight=section.cluster_weight,
+        ema_decay=section.ema_decay,
+        key=jax.random.fold_in(key, 1),
+    )
+    eval_step = jax.jit(transformer_steps.make_eval_step(model, cluster_size=permutation.cluster_size))
+
+    with (
+        sharding.use_mesh(mesh),
+        TrainingRun(
+            directory,
+            "train",
+            num_steps=section.num_steps,
+            batch_size=section.batch_size,
+            log_every=section.log_every,
+            checkpoint_every=section.checkpoint_every,
+            keep_checkpoints=section.keep_checkpoints,
+        ) as training,
+    ):
+        init = functools.partial(transformer_steps.init_train_state, model=model, optimizer=optimizer)
+        state, shardings = sharding.initialise_sharded(init, mesh, key)
+        state = training.resume(state, checkpoint.abstract_tree(state, shardings))
+        step_fn = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
+        batches = loader.train_batches(
+            source,
+            random_crop_codes,
+            seed=config.seed,
+            batch_size=section.batch_size,
+            first_step=training.step,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        for step in training.steps():
+            batch = sharding.global_batch(mesh, next(batches))
+            state, metrics = step_fn(state, batch["label"], batch["codes"])
+            if (step + 1) % section.eval_every == 0 and step + 1 < section.num_steps:
+                training.log_validation(validate(eval_step, state.ema_params, val_source, mesh, section.batch_size))
+            training.finished_step(state, metrics)
+        figures = training.log_validation(validate(eval_step, state.ema_params, val_source, mesh, section.batch_size))
+        seconds = training.seconds
+
+    fingerprint = artifacts.fingerprint_arrays(jax.device_get(state.ema_params))
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    facts = transformer_facts(model)
+    artifacts.finish(
+        directory,
+        fingerprint,
+        figures | {"facts": facts, "step": section.num_steps, "num_params": num_params, "seconds": seconds},
+    )
+    say(
+        f"train: {num_params:,} parameters; on val token loss {figures['token_loss']:.3f}, cluster loss "
+        f"{figures['cluster_loss']:.3f}, token accuracy {figures['token_accuracy']:.1%}, cluster accuracy "
+        f"{figures['cluster_accuracy']:.1%}"
+    )
+
+
+def read_codes_metadata(
+    directory: epath.Path, tokenizer: artifacts.Metadata, tokenizer_directory: epath.Path
+) -> artifacts.Metadata:
+    """Metadata of a split's codes; refuses codes of another tokenizer."""
+    metadata = artifacts.require(directory, "extract_codes")
+    if metadata.inputs["tokenizer"] != tokenizer.fingerprint:
+        raise UserError(
+            f"{directory} holds codes of another tokenizer ({metadata.inputs['tokenizer'][:12]}) than "
+            f"{tokenizer_directory} ({tokenizer.fingerprint[:12]}); run python -m iar_jax.extract_codes for this one"
+        )
+    return metadata
+
+
+def validate(eval_step, params, source: FirstCrop, mesh: Mesh, batch_size: int) -> dict[str, float]:
+    """Losses and accuracies over the val split, without dropout of any kind."""
+    sums: dict[str, float] = {}
+    for batch in loader.eval_batches(source, batch_size):
+        inputs = sharding.global_batch(mesh, batch)
+        found = jax.device_get(eval_step(params, inputs["label"], inputs["codes"], inputs["valid"]))
+        sums = {name: sums.get(name, 0.0) + float(value) for name, value in found.items()}
+    count = sums.pop("count")
+    return {name: float(np.float64(value) / count) for name, value in sums.items()}
+
+
+if __name__ == "__main__":
+    command_line.main(run)

@@ -1,0 +1,191 @@
+"""Stage 1: images -> VQ tokenizer.
+
+python -m iar_jax.train_tokenizer --config=configs/mnist.py --workdir=runs/mnist
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from iar_jax.data import loader, pictures, preprocessing
+from iar_jax.data.images import ImageDataset, open_images
+from iar_jax.interop.lpips import load_lpips
+from iar_jax.models.build import build_tokenizer
+from iar_jax.models.discriminator import PatchDiscriminator
+from iar_jax.runtime import artifacts, checkpoint, command_line, sharding
+from iar_jax.runtime.progress import say
+from iar_jax.training import tokenizer_steps
+from iar_jax.training.loop import TrainingRun
+from iar_jax.training.optimizer import learning_rate_schedule, make_optimizer
+
+SECTIONS = ("seed", "data", "tokenizer", "tokenizer_training")
+
+
+def run(config: ConfigDict, workdir: epath.Path) -> None:
+    """Trains the tokenizer of config.tokenizer and leaves it in workdir/tokenizer."""
+    directory = workdir / "tokenizer"
+    relevant = artifacts.relevant_config(config, SECTIONS)
+    if artifacts.finished(directory, relevant, {}):
+        say(f"train_tokenizer: done, in {directory}")
+        return
+    section = config.tokenizer_training
+    mesh = sharding.make_mesh(**config.mesh)
+    sharding.check_batch_size(mesh, section.batch_size, "config.tokenizer_training.batch_size")
+    images = open_images(config.data)
+    artifacts.begin(directory, "train_tokenizer", relevant, {"images": images.fingerprint})
+
+    model = build_tokenizer(config.tokenizer)
+    discriminator = None
+    if section.adversarial_weight > 0.0:
+        discriminator = PatchDiscriminator(section.discriminator_channels, section.discriminator_layers)
+    perceptual_distance = None
+    if section.perceptual_weight > 0.0:
+        perceptual_distance = load_lpips(section.vgg_weights, section.lpips_weights)
+    optimizer = make_optimizer(
+        learning_rate_schedule(section.schedule, section.learning_rate, section.warmup_steps, section.num_steps),
+        b1=section.b1,
+        b2=section.b2,
+        weight_decay=section.weight_decay,
+        clip_norm=section.clip_norm,
+    )
+    key = jax.random.key(config.seed)
+    init = functools.partial(
+        tokenizer_steps.init_tokenizer_state,
+        model=model,
+        discriminator=discriminator,
+        optimizer=optimizer,
+        resolution=config.data.resolution,
+    )
+    make_step = functools.partial(
+        tokenizer_steps.make_tokenizer_train_step,
+        model,
+        discriminator,
+        optimizer,
+        tokenizer_steps.TokenizerLossWeights(
+            l1=section.l1_weight,
+            l2=section.l2_weight,
+            perceptual=section.perceptual_weight,
+            codebook=section.codebook_weight,
+            commitment=section.commitment_weight,
+            entropy=section.entropy_weight,
+            adversarial=section.adversarial_weight,
+        ),
+        perceptual_distance=perceptual_distance,
+        ema_decay=section.ema_decay,
+        usage_decay=0.99,
+        quantize_from_step=section.quantize_from_step,
+    )
+
+    with (
+        sharding.use_mesh(mesh),
+        TrainingRun(
+            directory,
+            "train_tokenizer",
+            num_steps=section.num_steps,
+            batch_size=section.batch_size,
+            log_every=section.log_every,
+            checkpoint_every=section.checkpoint_every,
+            keep_checkpoints=section.keep_checkpoints,
+        ) as training,
+    ):
+        state, shardings = sharding.initialise_sharded(init, mesh, key)
+        state = training.resume(state, checkpoint.abstract_tree(state, shardings))
+        compile_step = functools.partial(
+            jax.jit, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh))
+        )
+        plain_step = compile_step(make_step(adversarial=False))
+        adversarial_step = compile_step(make_step(adversarial=True)) if discriminator else plain_step
+        seed = jax.jit(functools.partial(tokenizer_steps.seed_codebook, model), out_shardings=shardings)
+        restart = jax.jit(
+            functools.partial(tokenizer_steps.restart_dead_codes, model, dead_below=section.dead_below),
+            out_shardings=shardings,
+        )
+        evaluate = jax.jit(tokenizer_steps.make_tokenizer_eval_step(model))
+        batches = loader.train_batches(
+            images.train,
+            functools.partial(augment, config.data),
+            seed=config.seed,
+            batch_size=section.batch_size,
+            first_step=training.step,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        for step in training.steps():
+            batch = sharding.global_batch(mesh, next(batches)["image"])
+            if step == section.quantize_from_step and step > 0:
+                state = seed(state, seed_images(config, images), jax.random.fold_in(key, step))
+            if (
+                section.restart_every
+                and section.quantize_from_step < step < section.restart_until_step
+                and step % section.restart_every == 0
+            ):
+                state = restart(state, batch, jax.random.fold_in(key, step))
+            adversarial = step >= section.adversarial_from_step
+            state, metrics = (adversarial_step if adversarial else plain_step)(state, batch)
+            if (step + 1) % section.eval_every == 0 and step + 1 < section.num_steps:
+                training.log_validation(validate(evaluate, state.ema_params, images, mesh, section.batch_size)[0])
+            training.finished_step(state, metrics)
+
+        figures, originals, reconstructions = validate(evaluate, state.ema_params, images, mesh, section.batch_size)
+        figures = training.log_validation(figures)
+        seconds = training.seconds
+
+    pairs = np.stack([originals[:10], reconstructions[:10]]).reshape(-1, *originals.shape[1:])
+    scale = pictures.scale_to_see(config.data.resolution)
+    path = directory / "samples" / f"reconstructions-{section.num_steps:07d}.png"
+    pictures.write_png(path, pictures.image_grid(pairs, columns=len(originals[:10]), scale=scale))
+    fingerprint = artifacts.fingerprint_arrays(jax.device_get(state.ema_params))
+    unreadable = list(images.unreadable)
+    artifacts.finish(directory, fingerprint, figures | {"seconds": seconds, "unreadable": unreadable})
+    say(
+        f"train_tokenizer: PSNR {figures['psnr']:.2f} dB, {figures['codebook_usage']:.1%} of the codebook used on val; "
+        f"pictures in {path}"
+    )
+
+
+def augment(section: ConfigDict, record: dict, rng: np.random.Generator) -> dict:
+    """A training picture in [-1, 1], moved or cropped as config.data says."""
+    pixels = record["image"]
+    if section.augmentation == "shift":
+        pixels = preprocessing.random_shift(pixels, section.max_shift, rng)
+    elif section.augmentation == "crop_flip":
+        pixels = preprocessing.random_crop_flip(pixels, section.smallest_crop, rng)
+    return {"image": preprocessing.to_unit_range(pixels)}
+
+
+def seed_images(config: ConfigDict, images: ImageDataset) -> jax.Array:
+    """The training pictures, the same in every run, whose encoder outputs become the first codes."""
+    count = min(config.tokenizer_training.seed_images, len(images.train))
+    chosen = np.random.default_rng(config.seed).permutation(len(images.train))[:count]
+    return jnp.stack([preprocessing.to_unit_range(images.train[int(i)]["image"]) for i in chosen])
+
+
+def validate(evaluate, params, images: ImageDataset, mesh, batch_size: int) -> tuple[dict, np.ndarray, np.ndarray]:
+    """PSNR and codebook use over the val split, and its first batch before and after the tokenizer, uint8."""
+    psnrs: list[np.ndarray] = []
+    firsts: list[np.ndarray] = []
+    counts = np.zeros(())
+    for batch in loader.eval_batches(images.val, batch_size):
+        inputs = sharding.global_batch(
+            mesh, {"image": preprocessing.to_unit_range(batch["image"]), "valid": batch["valid"]}
+        )
+        reconstructions, psnr, uses = evaluate(params, inputs["image"], inputs["valid"])
+        psnrs.append(np.asarray(psnr)[batch["valid"]])
+        counts = counts + np.asarray(uses)
+        if not firsts:
+            firsts = [batch["image"][batch["valid"]], preprocessing.to_uint8(reconstructions)[batch["valid"]]]
+    share = counts / counts.sum()
+    figures = {
+        "psnr": float(np.concatenate(psnrs).mean()),
+        "codebook_usage": float(np.mean(counts > 0)),
+        "codebook_perplexity": float(np.exp(-np.sum(share[share > 0] * np.log(share[share > 0])))),
+    }
+    return figures, firsts[0], firsts[1]
+
+
+if __name__ == "__main__":
+    command_line.main(run)
