@@ -33,10 +33,10 @@ class BalancedClustering(NamedTuple):
 
 
 def balanced_kmeans(
-    vectors: Float[Array, "N d"],
+    vectors: Float[Array | np.ndarray, "N d"],
     num_clusters: int,
     *,
-    initial_centroids: Float[Array, "n d"] | None = None,
+    initial_centroids: Float[Array | np.ndarray, "n d"] | None = None,
     key: Key[Array, ""] | None = None,
     max_iterations: int = 100,
     num_restarts: int = 1,

@@ -6,10 +6,10 @@ import hashlib
 import os
 import warnings
 from concurrent import futures
-from typing import Protocol
+from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
-from etils import epath
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
 from PIL import Image
@@ -21,6 +21,7 @@ from iar_jax.runtime.progress import progress, say
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
+@runtime_checkable
 class ImageSource(Protocol):
     """Random access to one split: `source[i]` is the uint8 picture, its label and its id."""
 
@@ -156,7 +157,7 @@ def image_folder(path: str, resolution: int, val_fraction: float, max_unreadable
     Every file is decoded once here, so that a broken one is known before anything trains. A link that leads out of
     the folder is refused.
     """
-    root = epath.Path(path).expanduser()
+    root = Path(path).expanduser()
     if not root.is_dir():
         raise UserError(f"the image folder {path!r} does not exist or is not a folder")
     class_names = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
@@ -169,12 +170,12 @@ def image_folder(path: str, resolution: int, val_fraction: float, max_unreadable
     real_root = os.path.realpath(root)
     files = []
     for label, name in enumerate(class_names):
-        for entry in sorted((root / name).rglob("*"), key=os.fspath):
+        for entry in sorted((root / name).rglob("*"), key=str):
             if entry.suffix.lower() not in IMAGE_SUFFIXES or not entry.is_file():
                 continue
             if os.path.commonpath([real_root, os.path.realpath(entry)]) != real_root:
                 raise UserError(f"{entry}: a link that leads out of the image folder {path}; copy the file instead")
-            files.append((os.fspath(entry), label))
+            files.append((str(entry), label))
     if not files:
         raise UserError(f"{path}: no image in any of the {len(class_names)} sub-folders ({', '.join(IMAGE_SUFFIXES)})")
 

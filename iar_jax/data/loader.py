@@ -5,6 +5,9 @@ from collections.abc import Callable, Iterator
 import grain
 import numpy as np
 
+# Records in the stream. Grain's own endless repeat has a length whose slices overflow.
+ENDLESS = 2**60
+
 
 def train_batches(
     source,
@@ -29,7 +32,12 @@ def train_batches(
     """
     local_batch = batch_size // process_count
     blocks = (
-        grain.MapDataset.source(source).seed(seed).shuffle().repeat().random_map(augment).batch(local_batch)
+        grain.MapDataset.source(source)
+        .seed(seed)
+        .shuffle()
+        .repeat(ENDLESS // len(source))
+        .random_map(augment)
+        .batch(local_batch)
     )  # block k of a process' size: process k % process_count, step k // process_count
     mine = blocks[first_step * process_count + process_index :: process_count]
     return iter(mine.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))

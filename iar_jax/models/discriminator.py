@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 
@@ -13,7 +14,7 @@ class PatchDiscriminator(nn.Module):
 
     channels: int = 64
     num_layers: int = 3
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, images: Float[Array, "B H W 3"], train: bool) -> Float[Array, "B h w 1"]:

@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 # Convolutions in each of VGG-16's five stages; a stage's last activation is what is compared.
@@ -19,7 +20,9 @@ class Lpips(nn.Module):
     """
 
     @nn.compact
-    def __call__(self, first: Float[Array, "B H W 3"], second: Float[Array, "B H W 3"]) -> Float[Array, " B"]:
+    def __call__(
+        self, first: Float[Array | np.ndarray, "B H W 3"], second: Float[Array | np.ndarray, "B H W 3"]
+    ) -> Float[Array, " B"]:
         x = jnp.concatenate([first, second])
         x = (x - jnp.array(SHIFT)) / jnp.array(SCALE)
         total = jnp.zeros(first.shape[0])

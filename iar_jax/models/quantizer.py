@@ -8,6 +8,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 
@@ -29,8 +30,9 @@ class Quantized(NamedTuple):
     commitment_loss: Float[Array, ""]
 
 
-def normalize(vectors: Float[Array, "*B d"]) -> Float[Array, "*B d"]:
+def normalize(vectors: Float[Array | np.ndarray, "*B d"]) -> Float[Array, "*B d"]:
     """Scales vectors [..., d] to unit L2 norm; a zero vector stays zero."""
+    vectors = jnp.asarray(vectors)
     norm = jnp.sqrt(jnp.sum(jnp.square(vectors), axis=-1, keepdims=True))
     return vectors / jnp.maximum(norm, 1e-12)
 
@@ -68,6 +70,6 @@ class Quantizer(nn.Module):
         straight_through = unit_encoded + jax.lax.stop_gradient(chosen - unit_encoded)
         return Quantized(straight_through, unit_encoded, codes, codebook_loss, commitment_loss)
 
-    def lookup(self, codes: Int[Array, "*B"]) -> Float[Array, "*B d"]:
+    def lookup(self, codes: Int[Array | np.ndarray, "*B"]) -> Float[Array, "*B d"]:
         """Unit code vectors [..., d] of codes [...]."""
         return normalize(self.codebook)[codes]

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from iar_jax.models.quantizer import Quantized, Quantizer
@@ -37,7 +39,7 @@ class GroupNormSwish(nn.Module):
     """GroupNorm (32 groups, fewer where the width is no multiple of 32; eps 1e-6), then swish if asked for."""
 
     swish: bool = True
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
@@ -45,7 +47,7 @@ class GroupNormSwish(nn.Module):
         return nn.swish(x) if self.swish else x
 
 
-def conv(features: int, kernel: int, dtype: jnp.dtype, name: str) -> nn.Conv:
+def conv(features: int, kernel: int, dtype: DTypeLike, name: str | None) -> nn.Conv:
     return nn.Conv(features, (kernel, kernel), padding=kernel // 2, dtype=dtype, name=name)
 
 
@@ -53,7 +55,7 @@ class ResidualBlock(nn.Module):
     """norm, swish, 3x3 convolution, twice; a 1x1 convolution on the shortcut where the width changes."""
 
     channels: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W D"]:
@@ -69,7 +71,7 @@ class ResidualBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Single-head self-attention over all positions of a feature map, with a residual connection."""
 
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
@@ -89,11 +91,11 @@ class Encoder(nn.Module):
     z_channels: int
     patch_size: int
     attention: bool
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w Z"]:
-        x = space_to_depth(images.astype(self.dtype), self.patch_size)
+    def __call__(self, images: Float[Array | np.ndarray, "B H W 3"]) -> Float[Array, "B h w Z"]:
+        x = space_to_depth(jnp.asarray(images, self.dtype), self.patch_size)
         x = conv(self.channels, 3, self.dtype, "conv_in")(x)
         last = len(self.channel_multipliers) - 1
         for i, multiplier in enumerate(self.channel_multipliers):
@@ -125,11 +127,11 @@ class PatchEncoder(nn.Module):
     channels: int
     z_channels: int
     patch_size: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w Z"]:
-        x = space_to_depth(images.astype(self.dtype), self.patch_size)
+    def __call__(self, images: Float[Array | np.ndarray, "B H W 3"]) -> Float[Array, "B h w Z"]:
+        x = space_to_depth(jnp.asarray(images, self.dtype), self.patch_size)
         x = nn.swish(conv(self.channels, 1, self.dtype, "conv_in")(x))
         x = nn.swish(conv(self.channels, 1, self.dtype, "conv_mid")(x))
         return conv(self.z_channels, 1, self.dtype, "conv_out")(x)
@@ -143,7 +145,7 @@ class Decoder(nn.Module):
     num_res_blocks: int
     patch_size: int
     attention: bool
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, features: Float[Array, "B h w Z"]) -> Float[Array, "B H W 3"]:
@@ -163,7 +165,7 @@ class Decoder(nn.Module):
         return depth_to_space(x, self.patch_size)
 
 
-def middle(x: Float[Array, "B H W C"], attention: bool, dtype: jnp.dtype) -> Float[Array, "B H W C"]:
+def middle(x: Float[Array, "B H W C"], attention: bool, dtype: DTypeLike) -> Float[Array, "B H W C"]:
     """The blocks between encoder levels and bottleneck; names them in the module that calls it."""
     x = ResidualBlock(x.shape[-1], dtype, name="mid_res0")(x)
     if attention:
@@ -188,7 +190,7 @@ class VQModel(nn.Module):
     patch_size: int = 1
     local_encoder: bool = False
     attention: bool = True
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @property
     def downsampling(self) -> int:
@@ -211,24 +213,24 @@ class VQModel(nn.Module):
         self.quant_conv = conv(self.codebook_dim, 1, self.dtype, None)
         self.post_quant_conv = conv(self.z_channels, 1, self.dtype, None)
 
-    def features(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w d"]:
+    def features(self, images: Float[Array | np.ndarray, "B H W 3"]) -> Float[Array, "B h w d"]:
         """Encoder outputs before normalisation and look-up, float32."""
         return self.quant_conv(self.encoder(images)).astype(jnp.float32)
 
-    def decode(self, vectors: Float[Array, "B h w d"]) -> Float[Array, "B H W 3"]:
+    def decode(self, vectors: Float[Array | np.ndarray, "B h w d"]) -> Float[Array, "B H W 3"]:
         """Images of code vectors; float32, not clipped."""
         return self.decoder(self.post_quant_conv(vectors.astype(self.dtype))).astype(jnp.float32)
 
-    def encode(self, images: Float[Array, "B H W 3"]) -> Int[Array, "B h w"]:
+    def encode(self, images: Float[Array | np.ndarray, "B H W 3"]) -> Int[Array, "B h w"]:
         """Codes [B, h, w] of images."""
         return self.quantizer(self.features(images)).codes
 
-    def decode_codes(self, codes: Int[Array, "B h w"]) -> Float[Array, "B H W 3"]:
+    def decode_codes(self, codes: Int[Array | np.ndarray, "B h w"]) -> Float[Array, "B H W 3"]:
         """Images of codes; float32, not clipped."""
         return self.decode(self.quantizer.lookup(codes))
 
     def __call__(
-        self, images: Float[Array, "B H W 3"], quantize: bool | Bool[Array, ""] = True
+        self, images: Float[Array | np.ndarray, "B H W 3"], quantize: bool | Bool[Array, ""] = True
     ) -> tuple[Float[Array, "B H W 3"], Quantized]:
         """Reconstructions and what the quantizer returned for them.
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from iar_jax.models.transformer import Block, LayerCache, Transformer
@@ -14,7 +15,7 @@ from iar_jax.sampling import guidance
 def generate(
     module: Transformer,
     params: Any,
-    labels: Int[Array, " B"],
+    labels: Int[Array | np.ndarray, " B"],
     keys: Key[Array, " B"],
     *,
     cfg_scale: float,
@@ -48,7 +49,7 @@ def generate(
     return _generate(
         module,
         params,
-        labels,
+        jnp.asarray(labels, jnp.int32),
         keys,
         jnp.float32(cfg_scale),
         jnp.float32(temperature),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-def guide(logits: Float[Array, "2B V"], cfg_scale: Float[Array, ""]) -> Float[Array, "B V"]:
+def guide(logits: Float[Array, "both V"], cfg_scale: Float[Array, ""]) -> Float[Array, "B V"]:
     """Classifier-free guidance, u + s * (c - u).
 
     Args:

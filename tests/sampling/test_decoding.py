@@ -1,0 +1,79 @@
+"""If these fail, the KV cache or the keys are wrong: samples then depend on the batch they were made in."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from iar_jax.interop.llamagen import load_transformer
+from iar_jax.sampling.decoding import decode_step, empty_cache, generate
+from tests.models.test_transformer import initial, small
+
+
+def test_decoding_with_the_cache_is_the_full_forward_pass():
+    module = small(num_layers=3)
+    params = initial(module)
+    labels = jnp.array([2, 0])
+    codes = jax.random.randint(jax.random.key(2), (2, 9), 0, 32)
+    expected = module.apply({"params": params}, labels, codes)
+    layers = [jax.tree.map(lambda p, i=i: p[i], params["layers"]) for i in range(3)]
+    cache = empty_cache(module, 2)
+    x = module.apply({"params": params}, labels, method="embed_labels")
+    for t in range(9):
+        logits, cache = decode_step(module, params, layers, x, jnp.int32(t), cache)
+        np.testing.assert_allclose(logits, expected[:, t], atol=2e-5)
+        x = module.apply({"params": params}, codes[:, t : t + 1], method="embed_codes")
+
+
+@pytest.mark.parametrize(("cfg_scale", "name"), [(2.0, "greedy_cfg2"), (1.0, "greedy_nocfg")])
+def test_greedy_samples_are_the_golden_ones(golden, cfg_scale, name):
+    module, params = load_transformer(golden("gpt_tiny.pt"), num_heads=4, grid_size=4)
+    expected = np.load(golden("gpt_tiny.npz"))
+    labels = jnp.asarray(expected["labels"], jnp.int32)
+    keys = jax.random.split(jax.random.key(0), len(labels))
+    codes = generate(module, params, labels, keys, cfg_scale=cfg_scale, greedy=True)
+    np.testing.assert_array_equal(codes, expected[name])
+
+
+def test_an_image_depends_on_its_key_and_label_alone():
+    module = small()
+    params = initial(module)
+    labels = jnp.arange(16) % 3
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(7), i))(jnp.arange(16))
+    together = generate(module, params, labels, keys, cfg_scale=1.5)
+    for start in range(0, 16, 3):
+        part = slice(start, start + 3)
+        apart = generate(module, params, labels[part], keys[part], cfg_scale=1.5)
+        np.testing.assert_array_equal(apart, together[part])
+    assert len({tuple(row) for row in np.asarray(together).tolist()}) == 16
+
+
+def test_draws_follow_the_models_distribution():
+    # The first code's distribution is known exactly: that of position 0 of the forward pass.
+    module = small()
+    params = initial(module)
+    count = 4000
+    labels = jnp.ones((count,), jnp.int32)
+    codes = generate(module, params, labels, jax.random.split(jax.random.key(1), count), cfg_scale=1.0)
+    logits = module.apply({"params": params}, labels[:1], codes[:1])[0, 0]
+    expected = np.asarray(jax.nn.softmax(logits))
+    found = np.bincount(np.asarray(codes)[:, 0], minlength=32) / count
+    # Four standard deviations of a share of 4,000 draws, for each of 32 codes.
+    assert (np.abs(found - expected) < 4 * np.sqrt(expected * (1 - expected) / count) + 1e-3).all()
+
+
+def test_top_k_of_one_is_greedy():
+    module = small()
+    params = initial(module)
+    labels, keys = jnp.arange(3), jax.random.split(jax.random.key(0), 3)
+    greedy = generate(module, params, labels, keys, cfg_scale=2.0, greedy=True)
+    np.testing.assert_array_equal(generate(module, params, labels, keys, cfg_scale=2.0, top_k=1), greedy)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"), [({"temperature": 0.0}, "temperature is 0"), ({"top_p": 0.0}, "top_p")]
+)
+def test_impossible_settings_are_refused(setting, message):
+    module = small()
+    with pytest.raises(ValueError, match=message):
+        generate(module, {}, jnp.zeros(1, jnp.int32), jax.random.split(jax.random.key(0), 1), cfg_scale=1.0, **setting)
