@@ -65,8 +65,11 @@ def get_config(arg: str = "") -> ConfigDict:
     model.num_heads = 4
     model.scan_unroll = 4
     model.init_std = 0.1
+    model.token_dropout_rate = 0.05
+    model.residual_dropout_rate = 0.05
+    model.ffn_dropout_rate = 0.05
     training = config.training
-    training.num_steps = 2000
+    training.num_steps = 2600
     training.batch_size = 32
     training.cluster_weight = 0.0 if arg == "baseline" else 1.0
     training.learning_rate = 5e-3

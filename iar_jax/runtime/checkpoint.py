@@ -42,7 +42,7 @@ class Checkpoints:
         self.manager.wait_until_finished()
         self.manager.close()
 
-    def save(self, step: int, state: Any, info: dict[str, float]) -> None:
+    def save(self, step: int, state: Any, info: dict[str, int | float]) -> None:
         """Starts saving a state (a dataclass with `ema_params`); returns before it is on disk."""
         if step in self.manager.all_steps():
             return
@@ -55,7 +55,7 @@ class Checkpoints:
             ),
         )
 
-    def restore_latest(self, abstract_state: Any) -> tuple[Any, dict[str, float]] | None:
+    def restore_latest(self, abstract_state: Any) -> tuple[Any, dict[str, int | float]] | None:
         """State and info of the latest checkpoint that can be read; None where there is none.
 
         A damaged one is named, passed over and removed.

@@ -48,6 +48,11 @@ def main(run: Callable[[ConfigDict, epath.Path], None]) -> NoReturn:
 
 
 def _parse(argv: list[str]) -> list[str]:
+    for argument in argv[1:]:
+        option, _, value = argument.lstrip("-").partition("=")
+        path = value.partition(":")[0]
+        if option == "config" and not os.path.isfile(path):
+            _fail(f"--config={value}: there is no file {path!r}", EXIT_USER_ERROR)
     try:
         rest = flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, UserError) as error:

@@ -1,10 +1,13 @@
-"""Everything that a training run carries from step to step, as pytrees."""
+"""Everything that a training run carries from step to step, as pytrees.
+
+The fields are typed Any because the same trees also hold shapes, shardings and partition specs.
+"""
 
 import dataclasses
 from typing import Any
 
 import jax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 
 @jax.tree_util.register_dataclass
@@ -13,13 +16,13 @@ class TrainState:
     """State of the transformer's training (and of the feature classifier's).
 
     Attributes:
-        step: number of finished steps.
+        step: number of finished steps, int32 [].
         params: float32 parameters.
         opt_state: of optax.
         ema_params: exponential moving average of the parameters.
     """
 
-    step: Int[Array, ""]
+    step: Any
     params: Any
     opt_state: Any
     ema_params: Any
@@ -42,16 +45,16 @@ class TokenizerState:
 
     Attributes:
         step, params, opt_state, ema_params: as in TrainState.
-        code_usage: moving average of how often each code is chosen, times N: 1 is an even share.
-        discriminator: None where the adversarial loss is off.
+        code_usage: moving average of how often each code is chosen, times N, float32 [N]: 1 is an even share.
+        discriminator: a DiscriminatorState; None where the adversarial loss is off.
     """
 
-    step: Int[Array, ""]
+    step: Any
     params: Any
     opt_state: Any
     ema_params: Any
-    code_usage: Float[Array, " N"]
-    discriminator: DiscriminatorState | None
+    code_usage: Any
+    discriminator: Any
 
 
 def update_ema(ema: Any, params: Any, decay: float, step: Int[Array, ""]) -> Any:

@@ -1,0 +1,268 @@
+"""If these fail, the stages don't fit together, don't resume, or mix what doesn't belong together."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+# The stages at a size where all of them together take a minute.
+TINY = [
+    "--config.tokenizer.channels=16",
+    "--config.tokenizer.codebook_size=64",
+    "--config.tokenizer_training.num_steps=30",
+    "--config.tokenizer_training.quantize_from_step=10",
+    "--config.tokenizer_training.eval_every=20",
+    "--config.tokenizer_training.checkpoint_every=15",
+    "--config.codebook.cluster_size=8",
+    "--config.model.dim=32",
+    "--config.model.num_layers=2",
+    "--config.model.scan_unroll=2",
+    "--config.training.num_steps=24",
+    "--config.training.eval_every=10",
+    "--config.training.checkpoint_every=10",
+    "--config.training.log_every=2",
+    "--config.sampling.num_images=20",
+    "--config.sampling.batch_size=8",
+    "--config.evaluation.classifier_steps=20",
+]
+
+
+def call(stage, workdir, *arguments, config="configs/mnist.py", devices=1, check=True):
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-m", f"iar_jax.{stage}", f"--config={config}", f"--workdir={workdir}", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if check:
+        assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    path: pathlib.Path
+    output: str
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    path = tmp_path_factory.mktemp("runs") / "mnist"
+    return Finished(path, call("pipeline", path, *TINY).stdout)
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    shutil.copytree(finished.path, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_every_stage_leaves_what_the_contract_says(finished):
+    path = finished.path
+    (samples,) = (path / "samples").iterdir()
+    for directory in (
+        "tokenizer",
+        "codebook",
+        "codes/train",
+        "codes/val",
+        "train",
+        f"samples/{samples.name}",
+        f"evaluation/{samples.name}",
+        "evaluation/classifier",
+    ):
+        metadata = json.loads((path / directory / "metadata.json").read_text())
+        assert metadata["finished"], directory
+        assert len(metadata["fingerprint"]) == 64
+    images = np.load(samples / "samples.npz", allow_pickle=False)["arr_0"]
+    assert images.shape == (20, 32, 32, 3)
+    assert images.dtype == np.uint8
+    np.testing.assert_array_equal(np.load(samples / "labels.npy"), np.arange(20) % 10)
+    for picture in (samples / "grid.png", path / "codebook" / "clusters.png"):
+        Image.open(picture).verify()
+    scores = json.loads((path / "evaluation" / f"{samples.name}.json").read_text())["scores"]
+    assert [row["count"] for row in scores.values()] == [500, 500, 20]
+    report = (path / "evaluation" / "report.html").read_text()
+    assert "http" not in report.replace("http-equiv", "")
+    assert json.loads((path / "config.json").read_text())["model"]["dim"] == 32
+    assert not list(path.rglob("*.partial"))
+    for last in ("grid of samples", "scores", "report"):
+        assert last in finished.output
+
+
+def test_the_metrics_are_there_line_by_line(finished):
+    lines = [json.loads(line) for line in (finished.path / "train" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "train/loss" in line] == list(range(2, 25, 2))
+    assert [line["step"] for line in lines if "val/token_loss" in line] == [10, 20, 24]
+    for line in lines:
+        if "train/loss" in line:
+            total = line["train/token_loss"] + line["train/cluster_loss"]
+            np.testing.assert_allclose(line["train/loss"], total, rtol=1e-5)
+    assert list((finished.path / "train").glob("events.out.tfevents.*"))
+
+
+def test_a_finished_run_says_so_and_changes_nothing(finished):
+    before = {p: p.stat().st_mtime_ns for p in finished.path.rglob("*") if p.is_file() and p.name != "config.json"}
+    start = time.monotonic()
+    output = call("pipeline", finished.path, *TINY).stdout
+    assert time.monotonic() - start < 30
+    for stage in ("train_tokenizer", "rearrange_codebook", "extract_codes", "train", "sample", "evaluate"):
+        assert f"{stage}: done" in output
+    after = {p: p.stat().st_mtime_ns for p in finished.path.rglob("*") if p.is_file() and p.name != "config.json"}
+    assert before == after
+
+
+def test_rearranging_does_not_touch_the_reconstructions(finished):
+    import jax
+    import jax.numpy as jnp
+    from etils import epath
+
+    from iar_jax.codebook.permutation import load_permutation
+    from iar_jax.data.images import mnist5k
+    from iar_jax.data.preprocessing import to_unit_range
+    from iar_jax.models.build import load_tokenizer
+    from iar_jax.runtime import sharding
+
+    mesh = sharding.make_mesh(-1, 1, 1)
+    model, params, _ = load_tokenizer(epath.Path(finished.path / "tokenizer"), mesh)
+    permutation, _ = load_permutation(epath.Path(finished.path / "codebook" / "permutation.npz"))
+    images = jnp.asarray(to_unit_range(mnist5k(32, 0.1).val.images[:4]))
+    codes = np.asarray(model.apply({"params": params}, images, method="encode"))
+    plain = model.apply({"params": params}, jnp.asarray(codes), method="decode_codes")
+    # The same through the rearranged ids and a codebook in the new order.
+    rearranged = params | {"quantizer": {"codebook": params["quantizer"]["codebook"][permutation.new_to_old]}}
+    through = model.apply({"params": rearranged}, jnp.asarray(permutation.old_to_new[codes]), method="decode_codes")
+    jax.tree.map(np.testing.assert_array_equal, plain, through)
+
+
+def train_metrics(path):
+    return (path / "train" / "metrics.jsonl").read_text()
+
+
+def test_a_run_that_was_interrupted_ends_as_the_one_that_was_not(finished, copy):
+    shutil.rmtree(copy / "train")
+    command = [sys.executable, "-m", "iar_jax.train", "--config=configs/mnist.py", f"--workdir={copy}", *TINY]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    log = copy / "train" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and len(log.read_text().splitlines()) >= 2):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT, errors
+    assert "which is saved; run the same command to go on" in errors
+    assert "Traceback" not in errors
+    output = call("train", copy, *TINY).stdout
+    assert "going on from the checkpoint of step" in output
+    assert train_metrics(copy) == train_metrics(finished.path)
+    metadata = [json.loads((p / "train" / "metadata.json").read_text()) for p in (copy, finished.path)]
+    assert metadata[0]["fingerprint"] == metadata[1]["fingerprint"]
+
+
+def test_extraction_keeps_whole_shards_and_makes_the_others_again(finished, copy):
+    directory = copy / "codes" / "train"
+    shards = sorted(directory.glob("*.array_record"))
+    kept = shards[0].stat().st_mtime_ns
+    shards[2].rename(str(shards[2]) + ".partial")  # as a killed run leaves it
+    metadata = json.loads((directory / "metadata.json").read_text())
+    (directory / "metadata.json").write_text(json.dumps(metadata | {"finished": False, "fingerprint": ""}))
+    call("extract_codes", copy, *TINY)
+    assert shards[0].stat().st_mtime_ns == kept
+    assert json.loads((directory / "metadata.json").read_text())["fingerprint"] == metadata["fingerprint"]
+
+
+def test_samples_do_not_depend_on_the_batch_or_the_devices(finished, copy):
+    (samples,) = (copy / "samples").iterdir()
+    shutil.rmtree(samples)
+    call("sample", copy, *TINY, "--config.sampling.batch_size=20", devices=4)
+    expected = np.load(finished.path / "samples" / samples.name / "samples.npz")["arr_0"]
+    # Codes are the same; the decoder's float32 convolutions may round another way and move a value by one.
+    found = np.load(samples / "samples.npz")["arr_0"]
+    assert np.abs(found.astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("stage", "override", "message"),
+    [
+        ("train_tokenizer", "--config.tokenizer_training.learning_rate=0.1", "learning_rate was 0.004, now 0.1"),
+        ("train", "--config.training.cluster_weight=0.5", "config.training.cluster_weight was 1.0, now 0.5"),
+        ("rearrange_codebook", "--config.codebook.cluster_size=4", "config.codebook.cluster_size was 8, now 4"),
+        ("extract_codes", "--config.codes.crops=shifts", "config.codes.crops was 'center', now 'shifts'"),
+    ],
+)
+def test_a_config_that_changed_behind_a_finished_stage_is_refused(finished, stage, override, message):
+    done = call(stage, finished.path, *TINY, override, check=False)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 2
+
+
+def test_artifacts_that_do_not_belong_together_are_refused(finished, copy, tmp_path):
+    shutil.copytree(copy / "tokenizer", tmp_path / "other")
+    path = tmp_path / "other" / "metadata.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"fingerprint": "0" * 64}))
+    inputs = f"--config.inputs.tokenizer={tmp_path / 'other'}"
+    shutil.rmtree(copy / "train")
+    done = call("train", copy, *TINY, inputs, check=False)
+    assert "was made from another tokenizer" in done.stderr
+    assert done.returncode == 2
+    done = call("rearrange_codebook", copy, *TINY, inputs, check=False)
+    assert "was made from another tokenizer" in done.stderr
+
+
+def test_one_extraction_serves_another_run(finished, tmp_path):
+    inputs = [f"--config.inputs.{name}={finished.path / name}" for name in ("tokenizer", "codebook", "codes")]
+    call("train", tmp_path / "second", *TINY, *inputs, "--config.training.num_steps=2")
+    assert not (tmp_path / "second" / "codes").exists()
+    assert json.loads((tmp_path / "second" / "train" / "metadata.json").read_text())["finished"]
+
+
+def test_a_folder_of_pictures_of_all_kinds_goes_through_the_pipeline_on_a_mesh(tmp_path):
+    rng = np.random.default_rng(0)
+    for name, mode in (("red", "RGB"), ("grey", "L"), ("clear", "RGBA")):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(12):
+            size = (20 + i, 25)
+            shape = (*size[::-1], {"RGB": 3, "RGBA": 4}.get(mode, 1))
+            pixels = rng.integers(0, 256, shape, dtype=np.uint8).squeeze()
+            suffix = ("png", "webp")[i % 2] if mode != "L" else ("png", "jpg")[i % 2]
+            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{i}.{suffix}")
+    (tmp_path / "images" / "red" / "broken.jpg").write_bytes(b"\xff\xd8 broken")
+    options = [o for o in TINY if not o.startswith(("--config.tokenizer.channels", "--config.sampling"))]
+    done = call(
+        "pipeline",
+        tmp_path / "run",
+        *options,
+        "--config.data.resolution=16",
+        "--config.tokenizer.channels=16",
+        "--config.tokenizer_training.adversarial_weight=0.1",
+        "--config.tokenizer_training.adversarial_from_step=20",
+        "--config.tokenizer_training.discriminator_layers=2",
+        "--config.tokenizer_training.entropy_weight=0.01",
+        "--config.sampling.num_images=6",
+        "--config.sampling.batch_size=8",
+        "--config.evaluation.batch_size=8",
+        "--config.mesh.fsdp=2",
+        "--config.mesh.tensor=2",
+        config=f"configs/folder.py:{tmp_path / 'images'}",
+        devices=8,
+    )
+    assert "left out, not readable" in done.stdout
+    assert "broken.jpg" in done.stdout
+    assert "report" in done.stdout

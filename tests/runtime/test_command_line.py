@@ -1,0 +1,69 @@
+"""If these fail, users see stack traces, or scripts can't tell a mistake from a crash."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def call(*arguments, workdir):
+    return subprocess.run(
+        [sys.executable, "-m", "iar_jax.train", f"--workdir={workdir}", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.model.dmi=3"], "config.model.dmi: no such field; did you mean 'dim'?"),
+        (["--config.sampling.clusterweight=1"], "did you mean 'config.training.cluster_weight'?"),
+        (["--config.model.dim=wide"], "config.model.dim is 'wide'; allowed is an integer, such as 768"),
+        (["--config.model=3"], "config.model is a section; set one of its fields: class_dropout_rate, dim, "),
+        (["--config.model.remat=perhaps"], "config.model.remat is 'perhaps'; allowed are true and false"),
+        (["--config.codebook.cluster_size=100"], "config.codebook.cluster_size is 100, which does not divide"),
+        (["--nonsense=3"], "nonsense"),
+        (["stray"], "'stray' is no option"),
+        ([], "tokenizer is not there; run python -m iar_jax.train_tokenizer first"),
+    ],
+)
+def test_mistakes_get_one_message_and_exit_code_2(tmp_path, arguments, message):
+    done = call("--config=configs/mnist.py", *arguments, workdir=tmp_path)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("configs/mnist.py:basline", "the argument can be 'baseline'"),
+        ("configs/nowhere.py", "configs/nowhere.py"),
+        ("configs/folder.py", "configs/folder.py:/path/to/images"),
+    ],
+)
+def test_wrong_configs_get_one_message(tmp_path, config, message):
+    done = call(f"--config={config}", workdir=tmp_path)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 2
+
+
+def test_the_resolved_config_is_written(tmp_path):
+    call("--config=configs/mnist.py", "--config.model.dim=64", workdir=tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model"]["dim"] == 64
+
+
+def test_a_workdir_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = call("--config=configs/mnist.py", workdir=tmp_path / "file" / "run")
+    assert "cannot be written" in done.stderr
+    assert done.returncode == 2
