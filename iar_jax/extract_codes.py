@@ -3,13 +3,16 @@
 python -m iar_jax.extract_codes --config=configs/mnist.py --workdir=runs/mnist
 """
 
+import functools
 import time
+from collections.abc import Callable
 
 import grain
 import jax
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
+from PIL import Image
 
 from iar_jax.data import codes, preprocessing
 from iar_jax.data.images import ImageSource, open_images
@@ -45,7 +48,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         found = encode(params, sharding.global_batch(mesh, flat))
         return np.asarray(found).reshape(*crops.shape[:2], -1)
 
-    for split, crops in splits.items():
+    for split, kind in splits.items():
         directory, source = workdir / "codes" / split, getattr(images, split)
         with progress(f"extract_codes {split}", len(source), "images") as shown:
             start = time.monotonic()
@@ -54,8 +57,13 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
                 directory,
                 encode_pictures,
                 config.codes,
-                crops,
-                config.data.max_shift,
+                functools.partial(
+                    preprocessing.crops,
+                    kind=kind,
+                    size=config.data.resolution,
+                    max_shift=config.data.max_shift,
+                    crop_ranges=config.codes.crop_ranges,
+                ),
                 model.codebook_size,
                 shown,
             )
@@ -74,30 +82,32 @@ def extract(
     directory: epath.Path,
     encode_pictures,
     section: ConfigDict,
-    crops: str,
-    max_shift: int,
+    crop: Callable[[Image.Image], np.ndarray],
     codebook_size: int,
     shown: Progress,
 ) -> None:
-    """Writes the shards that are not there yet."""
+    """Writes the shards that are not there yet; `crop` makes the views of a picture, uint8 [crops, R, R, 3]."""
     num_shards = -(-len(source) // section.images_per_shard)
     for shard in range(num_shards):
         path = codes.shard_path(directory, shard, num_shards)
         indices = range(shard * section.images_per_shard, min((shard + 1) * section.images_per_shard, len(source)))
         if not path.exists():
-            records = encode_shard(source, indices, encode_pictures, section.batch_size, crops, max_shift)
+            records = encode_shard(source, indices, encode_pictures, section.batch_size, crop)
             codes.write_shard(path, [codes.pack(record, codebook_size) for record in records])
         shown.update(len(indices))
 
 
 def encode_shard(
-    source: ImageSource, indices: range, encode_pictures, batch_size: int, crops: str, max_shift: int
+    source: ImageSource, indices: range, encode_pictures, batch_size: int, crop: Callable[[Image.Image], np.ndarray]
 ) -> list[codes.CodeRecord]:
     """Code records of the pictures at `indices`, in their order; host threads prepare while devices encode."""
 
     def prepare(index):
-        record = source[index]
-        return record | {"image": preprocessing.crops(record["image"], crops, max_shift)}
+        return {
+            "image": crop(source.picture(index)),
+            "label": source.labels[index],
+            "image_id": source.image_ids[index],
+        }
 
     batches = grain.MapDataset.source(list(indices)).map(prepare).batch(batch_size)
     records = []

@@ -23,11 +23,23 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 @runtime_checkable
 class ImageSource(Protocol):
-    """Random access to one split: `source[i]` is the uint8 picture, its label and its id."""
+    """Random access to one split.
+
+    `source[i]` is {"image": uint8 [R, R, 3], "label", "image_id"}; `source.picture(i)` the whole upright RGB picture
+    that the image was cut from, `source.labels` and `source.image_ids` are int [N].
+    """
+
+    @property
+    def labels(self) -> np.ndarray: ...
+
+    @property
+    def image_ids(self) -> np.ndarray: ...
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict: ...
+
+    def picture(self, index: int) -> Image.Image: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +81,9 @@ class ArraySource:
             "image_id": np.int64(self.image_ids[index]),
         }
 
+    def picture(self, index: int) -> Image.Image:
+        return Image.fromarray(self.images[index])
+
 
 @dataclasses.dataclass(frozen=True)
 class FileSource:
@@ -84,10 +99,13 @@ class FileSource:
 
     def __getitem__(self, index: int) -> dict:
         return {
-            "image": preprocessing.center_crop(read_image(self.paths[index]), self.resolution),
+            "image": preprocessing.center_crop(self.picture(index), self.resolution),
             "label": np.int32(self.labels[index]),
             "image_id": np.int64(self.image_ids[index]),
         }
+
+    def picture(self, index: int) -> Image.Image:
+        return read_image(self.paths[index])
 
 
 def open_images(section: ConfigDict) -> ImageDataset:

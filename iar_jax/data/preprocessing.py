@@ -1,5 +1,7 @@
 """From decoded pictures to uint8 arrays [size, size, 3]: crops, shifts and flips."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
@@ -73,12 +75,31 @@ def shifted_crops(pixels: UInt8[np.ndarray, "H W 3"], max_shift: int) -> UInt8[n
     return np.stack([shift(pixels, down, right) for down, right in moves])
 
 
-def crops(pixels: UInt8[np.ndarray, "H W 3"], kind: str, max_shift: int) -> UInt8[np.ndarray, "crops H W 3"]:
-    """The copies of a training picture whose codes are stored, the picture itself first.
+def ten_crop(image: Image.Image, size: int, crop_range: float) -> UInt8[np.ndarray, "10 size size 3"]:
+    """Ten crops in torchvision's order: four corners and the centre, then the same of the mirrored picture.
+
+    The picture is first brought to int(size * crop_range) pixels by `center_crop`, as LlamaGen's extraction does.
+    """
+    pixels = center_crop(image, int(size * crop_range))
+    far = pixels.shape[0] - size
+    middle = round(far / 2.0)  # as torchvision rounds the centre's corner
+    corners = [(0, 0), (0, far), (far, 0), (far, far), (middle, middle)]
+    both = (pixels, pixels[:, ::-1])
+    return np.stack([p[top : top + size, left : left + size] for p in both for top, left in corners])
+
+
+def crops(
+    image: Image.Image, kind: str, size: int, *, max_shift: int, crop_ranges: Sequence[float]
+) -> UInt8[np.ndarray, "crops size size 3"]:
+    """The views of a training picture whose codes are stored.
 
     Args:
-        kind: "center" is the picture alone, "mirror" adds its mirror image, "shifts" is `shifted_crops`.
+        kind: "center" is the centre crop alone, "mirror" adds its mirror image, "shifts" is `shifted_crops` of it;
+            "ten_crop" is `ten_crop` for each of crop_ranges, one after the other.
     """
+    if kind == "ten_crop":
+        return np.concatenate([ten_crop(image, size, crop_range) for crop_range in crop_ranges])
+    pixels = center_crop(image, size)
     if kind == "shifts":
         return shifted_crops(pixels, max_shift)
     if kind == "mirror":

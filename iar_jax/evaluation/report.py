@@ -30,6 +30,7 @@ section { padding: 20px 22px; margin-top: 20px; }
 .card b { display: block; font-size: 24px; color: var(--accent); font-variant-numeric: tabular-nums; }
 .card span { color: var(--soft); font-size: 13px; }
 .row { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 18px; align-items: start; }
+.charts { grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); }
 figure { margin: 0; } figcaption { color: var(--soft); font-size: 13px; margin-top: 6px; }
 img { max-width: 100%; height: auto; display: block; border-radius: 4px; }
 img.pixels { image-rendering: pixelated; width: 100%; }
@@ -97,7 +98,8 @@ def _section(section: Section) -> str:
         rows = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in table.rows)
         parts.append(f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>")
     if section.figures:
-        parts.append("<div class='row'>" + "".join(_figure(figure) for figure in section.figures) + "</div>")
+        wide = "" if all(figure.pixels for figure in section.figures) else " charts"
+        parts.append(f"<div class='row{wide}'>" + "".join(_figure(figure) for figure in section.figures) + "</div>")
     if section.preformatted:
         parts.append(f"<pre>{html.escape(section.preformatted)}</pre>")
     return "<section>" + "".join(parts) + "</section>"

@@ -14,7 +14,7 @@ CHOICES = {
     "data.augmentation": ("none", "shift", "crop_flip"),
     "tokenizer.dtype": ("float32", "bfloat16"),
     "tokenizer_training.schedule": ("constant", "cosine"),
-    "codes.crops": ("center", "mirror", "shifts"),
+    "codes.crops": ("center", "mirror", "shifts", "ten_crop"),
     "model.dtype": ("float32", "bfloat16"),
     "training.schedule": ("constant", "cosine"),
     "sampling.labels": ("balanced", "uniform"),
@@ -113,7 +113,7 @@ def _check_fields(config: ConfigDict, known: ConfigDict, prefix: str) -> None:
 
 def _type_name(value: Any) -> str:
     if isinstance(value, tuple):
-        return "a tuple of integers, such as (1, 2)"
+        return f"a tuple, such as {value}"
     return {int: "an integer", float: "a number", bool: "True or False", str: "a text"}[type(value)]
 
 
@@ -144,6 +144,9 @@ def _check_value(field: str, value: Any) -> None:
         if not inside:
             bounds = f"{'[' if low_in else '('}{low:g}, {high:g}{']' if high_in else ')'}"
             raise UserError(f"config.{field} is {value}; allowed are numbers in {bounds}")
+    elif field == "codes.crop_ranges":
+        if not (value and all(isinstance(v, float) and v >= 1.0 for v in value)):
+            raise UserError(f"config.{field} is {value}; allowed is a tuple of numbers from 1 on, such as (1.1, 1.05)")
     elif isinstance(value, tuple) and not (value and all(isinstance(v, int) and v > 0 for v in value)):
         raise UserError(f"config.{field} is {value}; allowed is a tuple of positive integers, such as (1, 2)")
 

@@ -91,7 +91,10 @@ def default_config() -> ConfigDict:
 
     config.codes = ConfigDict(
         {
-            "crops": "center",  # center; mirror: and its mirror image; shifts: nine shifted copies
+            # center; mirror: and its mirror image; shifts: nine copies moved by data.max_shift; ten_crop: corners,
+            # centre and their mirrors, once for each of crop_ranges (the picture's side over the crop's)
+            "crops": "center",
+            "crop_ranges": (1.1, 1.05),
             "batch_size": 64,  # pictures encoded together
             "images_per_shard": 1024,  # a shard is what an interrupted extraction keeps
         }

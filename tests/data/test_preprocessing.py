@@ -68,10 +68,27 @@ def test_shift_moves_pixels_and_repeats_the_border(down, right):
 def test_crops_begin_with_the_picture_itself():
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     for kind, count in (("center", 1), ("mirror", 2), ("shifts", 9)):
-        found = preprocessing.crops(pixels, kind, 2)
+        found = preprocessing.crops(Image.fromarray(pixels), kind, 8, max_shift=2, crop_ranges=())
         assert found.shape == (count, 8, 8, 3)
         np.testing.assert_array_equal(found[0], pixels)
         assert len({crop.tobytes() for crop in found}) == count
+
+
+@pytest.mark.parametrize("size", [(50, 70), (33, 33), (200, 45)])
+def test_ten_crops_are_torchvisions(size):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    found = preprocessing.crops(image, "ten_crop", 32, max_shift=0, crop_ranges=(1.1, 1.05))
+    assert found.shape == (20, 32, 32, 3)
+    for first, side in ((0, 35), (10, 33)):
+        whole = preprocessing.center_crop(image, side)
+        far = side - 32
+        # torchvision.transforms.functional.ten_crop: top left, top right, bottom left, bottom right, centre; then the
+        # same five of the mirrored picture.
+        corners = [(0, 0), (0, far), (far, 0), (far, far), (round(far / 2), round(far / 2))]
+        for i, picture in enumerate((whole, whole[:, ::-1])):
+            for j, (top, left) in enumerate(corners):
+                np.testing.assert_array_equal(found[first + 5 * i + j], picture[top : top + 32, left : left + 32])
+        np.testing.assert_array_equal(found[first + 5][:, ::-1], whole[:32, far:])
 
 
 def test_random_crops_keep_the_size_and_depend_on_the_generator_alone():
