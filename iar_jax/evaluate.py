@@ -76,7 +76,11 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         (SAMPLED, sampled, sampled_labels),
     ):
         found = judge(candidates)
-        precision, recall = precision_recall.precision_recall(reference, found.features, config.evaluation.neighbours)
+        precision = recall = None  # too few images for a manifold
+        if min(len(reference), len(candidates)) > config.evaluation.neighbours:
+            precision, recall = precision_recall.precision_recall(
+                reference, found.features, config.evaluation.neighbours
+            )
         scores[title] = {
             "count": len(candidates),
             "frechet_distance": frechet.frechet_distance(*statistics, *frechet.feature_statistics(found.features)),
@@ -98,8 +102,8 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     metadata = {
         "train_tokenizer": tokenizer,
         "rearrange_codebook": artifacts.require(codebook_directory, "rearrange_codebook"),
-        "extract_codes": artifacts.require(
-            artifacts.input_directory(config, workdir, "codes", "codes") / "train", "extract_codes"
+        "extract_codes": artifacts.read_metadata(
+            artifacts.input_directory(config, workdir, "codes", "codes") / "train"
         ),
         "train": transformer,
         "sample": samples,
@@ -115,7 +119,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         f"{len(train_images)} training and {len(val_images)} validation images, {len(images.class_names)} classes, "
         f"{config.data.resolution} x {config.data.resolution} pixels. Scores in the features of a classifier trained "
         "on the same data; they compare runs on this data set only.",
-        cards(content, metadata),
+        cards(content, tokenizer.figures, float(np.mean(counts > 0))),
         [
             report.Section(
                 "Pictures",
@@ -250,7 +254,7 @@ def reconstruct(model, params, images: np.ndarray, batch_size: int) -> tuple[np.
     return np.concatenate(pictures_after), counts
 
 
-def cards(content: dict[str, Any], metadata: dict[str, artifacts.Metadata]) -> list[tuple[str, str]]:
+def cards(content: dict[str, Any], tokenizer: dict[str, Any], usage: float) -> list[tuple[str, str]]:
     """The figures at the top of the report."""
     scores = content["scores"]
     ratio = scores[SAMPLED]["frechet_distance"] / scores[RECONSTRUCTED]["frechet_distance"]
@@ -261,9 +265,13 @@ def cards(content: dict[str, Any], metadata: dict[str, artifacts.Metadata]) -> l
             f"Fréchet distance of samples, {ratio:.1f} x the reconstructions'",
         ),
         (f"{content['classifier_val_accuracy']:.1%}", "of real val images the classifier gets right"),
-        (f"{metadata['train_tokenizer'].figures['codebook_usage']:.1%}", "of the codebook used on val"),
-        (f"{metadata['train_tokenizer'].figures['psnr']:.1f} dB", "PSNR of reconstructions"),
+        (f"{usage:.1%}", "of the codebook used on val"),
+        *([(f"{tokenizer['psnr']:.1f} dB", "PSNR of reconstructions")] if "psnr" in tokenizer else []),
     ]
+
+
+def share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
 
 
 def scores_table(scores: dict[str, Any]) -> report.Table:
@@ -273,8 +281,8 @@ def scores_table(scores: dict[str, Any]) -> report.Table:
             title,
             f"{row['count']}",
             f"{row['frechet_distance']:.2f}",
-            f"{row['precision']:.3f}",
-            f"{row['recall']:.3f}",
+            share(row["precision"]),
+            share(row["recall"]),
             f"{row['class_accuracy']:.1%}",
         )
         for title, row in scores.items()
@@ -282,8 +290,11 @@ def scores_table(scores: dict[str, Any]) -> report.Table:
     return report.Table(head, rows)
 
 
-def time_table(metadata: dict[str, artifacts.Metadata], evaluate_seconds: float) -> report.Table:
-    seconds = {stage: found.figures["seconds"] for stage, found in metadata.items()}
+def time_table(metadata: dict[str, artifacts.Metadata | None], evaluate_seconds: float) -> report.Table:
+    # Imported artifacts took no time of ours.
+    seconds = {
+        stage: found.figures["seconds"] for stage, found in metadata.items() if found and "seconds" in found.figures
+    }
     seconds["evaluate"] = evaluate_seconds
     rows = [(stage, f"{value:.1f} s") for stage, value in seconds.items()]
     return report.Table(("stage", "time"), [*rows, ("together", f"{sum(seconds.values()):.1f} s")])
@@ -322,8 +333,8 @@ def announce(content: dict[str, Any], samples_directory: epath.Path, directory: 
     say(f"{'':32}{'images':>8}{'Fréchet':>10}{'precision':>11}{'recall':>8}{'class':>8}")
     for title, row in content["scores"].items():
         say(
-            f"{title:32}{row['count']:>8}{row['frechet_distance']:>10.2f}{row['precision']:>11.3f}"
-            f"{row['recall']:>8.3f}{row['class_accuracy']:>8.1%}"
+            f"{title:32}{row['count']:>8}{row['frechet_distance']:>10.2f}{share(row['precision']):>11}"
+            f"{share(row['recall']):>8}{row['class_accuracy']:>8.1%}"
         )
     say(f"grid of samples   {samples_directory / 'grid.png'}")
     say(f"scores            {directory / (name + '.json')}")

@@ -15,6 +15,7 @@ from iar_jax.codebook.balanced_kmeans import balanced_kmeans
 from iar_jax.codebook.ordering import order_by_cluster
 from iar_jax.codebook.permutation import Permutation, save_permutation
 from iar_jax.data import pictures, preprocessing
+from iar_jax.data.codes import permutation_fingerprint
 from iar_jax.models.build import load_tokenizer
 from iar_jax.models.quantizer import normalize
 from iar_jax.runtime import artifacts, command_line, sharding
@@ -72,10 +73,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         "codebook_fingerprint": codebook_fingerprint,
         "seconds": time.monotonic() - start,
     }
-    fingerprint = artifacts.fingerprint_arrays(
-        {"old_to_new": permutation.old_to_new, "cluster_size": np.asarray(cluster_size)}
-    )
-    artifacts.finish(directory, fingerprint, figures)
+    artifacts.finish(directory, permutation_fingerprint(permutation), figures)
     say(
         f"rearrange_codebook: {figures['num_clusters']} clusters of {cluster_size}, within-cluster squared error "
         f"{figures['inertia']:.1f} ({figures['inertia'] / total:.0%} of one cluster's), "

@@ -3,9 +3,11 @@
 python -m iar_jax.train --config=configs/mnist.py --workdir=runs/mnist
 """
 
+import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
@@ -13,13 +15,15 @@ from ml_collections import ConfigDict
 
 from iar_jax.data import loader
 from iar_jax.data.codes import CodeSource, FirstCrop, random_crop_codes, read_permutation
-from iar_jax.models.build import build_transformer, transformer_facts
+from iar_jax.models.build import build_transformer, load_transformer, transformer_facts
+from iar_jax.models.transformer import Transformer
 from iar_jax.runtime import artifacts, checkpoint, command_line, sharding
 from iar_jax.runtime.errors import UserError
 from iar_jax.runtime.progress import say
 from iar_jax.training import transformer_steps
 from iar_jax.training.loop import TrainingRun
 from iar_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from iar_jax.training.state import TrainState
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> None:
@@ -38,6 +42,15 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         "codes": train_codes.fingerprint,
         "val_codes": val_codes.fingerprint,
     }
+    initial_directory = epath.Path(config.inputs.transformer).expanduser() if config.inputs.transformer else None
+    if initial_directory:
+        initial = artifacts.require(initial_directory, "train")
+        if initial.inputs["codebook"] != inputs["codebook"]:
+            raise UserError(
+                f"{initial_directory} was trained with another codebook ({initial.inputs['codebook'][:12]}) than "
+                f"{codebook_directory} ({inputs['codebook'][:12]}): its ids mean other codes"
+            )
+        inputs["transformer"] = initial.fingerprint
     if artifacts.begin(directory, "train", artifacts.relevant_config(config, ("seed", "model", "training")), inputs):
         say(f"train: done, in {directory}")
         return
@@ -86,12 +99,15 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
             num_steps=section.num_steps,
             batch_size=section.batch_size,
             log_every=section.log_every,
+            eval_every=section.eval_every,
             checkpoint_every=section.checkpoint_every,
             keep_checkpoints=section.keep_checkpoints,
         ) as training,
     ):
         init = functools.partial(transformer_steps.init_train_state, model=model, optimizer=optimizer)
         state, shardings = sharding.initialise_sharded(init, mesh, key)
+        if initial_directory:
+            state = with_initial_weights(state, initial_directory, model, mesh)
         state = training.resume(state, checkpoint.abstract_tree(state, shardings))
         step_fn = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
         batches = loader.train_batches(
@@ -103,13 +119,15 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        for step in training.steps():
+
+        def validated(state: TrainState) -> dict[str, float]:
+            return validate(eval_step, state.ema_params, val_source, mesh, section.batch_size)
+
+        for _ in training.steps():
             batch = sharding.global_batch(mesh, next(batches))
             state, metrics = step_fn(state, batch["label"], batch["codes"])
-            if (step + 1) % section.eval_every == 0 and step + 1 < section.num_steps:
-                training.log_validation(validate(eval_step, state.ema_params, val_source, mesh, section.batch_size))
-            training.finished_step(state, metrics)
-        figures = training.log_validation(validate(eval_step, state.ema_params, val_source, mesh, section.batch_size))
+            training.finished_step(state, metrics, validated)
+        figures = training.log_validation(validated(state))
         seconds = training.seconds
 
     fingerprint = artifacts.fingerprint_arrays(jax.device_get(state.ema_params))
@@ -138,6 +156,19 @@ def read_codes_metadata(
             f"{tokenizer_directory} ({tokenizer.fingerprint[:12]}); run python -m iar_jax.extract_codes for this one"
         )
     return metadata
+
+
+def with_initial_weights(state: TrainState, directory: epath.Path, model: Transformer, mesh: Mesh) -> TrainState:
+    """A fresh state that starts from a finished transformer's averaged weights."""
+    initial_model, params, _, _ = load_transformer(directory, mesh)
+    if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, state.params):
+        raise UserError(
+            f"{directory} is another model ({transformer_facts(initial_model)}, width {initial_model.dim}, "
+            f"{initial_model.num_layers} layers) than the config's ({transformer_facts(model)}, width {model.dim}, "
+            f"{model.num_layers} layers)"
+        )
+    # Two copies: the step gives its state's buffers away.
+    return dataclasses.replace(state, params=params, ema_params=jax.tree.map(jnp.copy, params))
 
 
 def validate(eval_step, params, source: FirstCrop, mesh: Mesh, batch_size: int) -> dict[str, float]:

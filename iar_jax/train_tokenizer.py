@@ -21,6 +21,7 @@ from iar_jax.runtime.progress import say
 from iar_jax.training import tokenizer_steps
 from iar_jax.training.loop import TrainingRun
 from iar_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from iar_jax.training.state import TokenizerState
 
 SECTIONS = ("seed", "data", "tokenizer", "tokenizer_training")
 
@@ -88,6 +89,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
             num_steps=section.num_steps,
             batch_size=section.batch_size,
             log_every=section.log_every,
+            eval_every=section.eval_every,
             checkpoint_every=section.checkpoint_every,
             keep_checkpoints=section.keep_checkpoints,
         ) as training,
@@ -114,6 +116,10 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
+
+        def validated(state: TokenizerState) -> tuple[dict, np.ndarray, np.ndarray]:
+            return validate(evaluate, state.ema_params, images, mesh, section.batch_size)
+
         for step in training.steps():
             batch = sharding.global_batch(mesh, next(batches)["image"])
             if step == section.quantize_from_step and step > 0:
@@ -126,11 +132,8 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
                 state = restart(state, batch, jax.random.fold_in(key, step))
             adversarial = step >= section.adversarial_from_step
             state, metrics = (adversarial_step if adversarial else plain_step)(state, batch)
-            if (step + 1) % section.eval_every == 0 and step + 1 < section.num_steps:
-                training.log_validation(validate(evaluate, state.ema_params, images, mesh, section.batch_size)[0])
-            training.finished_step(state, metrics)
-
-        figures, originals, reconstructions = validate(evaluate, state.ema_params, images, mesh, section.batch_size)
+            training.finished_step(state, metrics, lambda state: validated(state)[0])
+        figures, originals, reconstructions = validated(state)
         figures = training.log_validation(figures)
         seconds = training.seconds
 

@@ -76,6 +76,13 @@ def fingerprint_records(paths: list[epath.Path]) -> str:
     return digest.hexdigest()
 
 
+def permutation_fingerprint(permutation: Permutation) -> str:
+    """Fingerprint of a codebook artifact."""
+    return fingerprint_arrays(
+        {"old_to_new": permutation.old_to_new, "cluster_size": np.asarray(permutation.cluster_size)}
+    )
+
+
 def read_permutation(directory: epath.Path, tokenizer: Metadata, tokenizer_directory: epath.Path) -> Permutation:
     """The finished permutation of a tokenizer's codebook.
 
@@ -93,10 +100,10 @@ def read_permutation(directory: epath.Path, tokenizer: Metadata, tokenizer_direc
         permutation, codebook_fingerprint = load_permutation(directory / "permutation.npz")
     except ValueError as error:
         raise UserError(str(error)) from error
-    found = fingerprint_arrays(
-        {"old_to_new": permutation.old_to_new, "cluster_size": np.asarray(permutation.cluster_size)}
-    )
-    if found != metadata.fingerprint or codebook_fingerprint != metadata.figures["codebook_fingerprint"]:
+    if (
+        permutation_fingerprint(permutation) != metadata.fingerprint
+        or codebook_fingerprint != metadata.figures["codebook_fingerprint"]
+    ):
         raise UserError(f"{directory / 'permutation.npz'} is not the one that {directory / 'metadata.json'} describes")
     return permutation
 

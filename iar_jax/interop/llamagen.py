@@ -21,7 +21,7 @@ StateDict = dict[str, np.ndarray]
 STATE_DICT_KEYS = ("ema", "model", "module", "state_dict")
 
 # Tensors that are no weights.
-BUFFERS = ("freqs_cis", "quantize.codebook_used", "causal_mask")
+BUFFERS = ("freqs_cis", "causal_mask")
 
 
 def load_transformer(path: str | Path, *, num_heads: int, grid_size: int, **overrides: Any) -> tuple[Transformer, Any]:
@@ -121,6 +121,9 @@ def save_transformer(params: Any, path: str | Path) -> None:
 def load_tokenizer(path: str | Path, **overrides: Any) -> tuple[VQModel, Any]:
     """A VQ tokenizer from a LlamaGen file, with the codebook in the file's order.
 
+    LlamaGen's counter of used codes, where the file has it, comes along as params["quantizer"]["codebook_used"], which
+    the module does not look at, so that writing the tokenizer again gives the same file.
+
     Args:
         path: .pt, .pth or .safetensors; see `read_state_dict` for the forms.
         overrides: further fields of `VQModel`, say dtype.
@@ -164,6 +167,8 @@ def load_tokenizer(path: str | Path, **overrides: Any) -> tuple[VQModel, Any]:
             for key in ours:
                 node = node.setdefault(key, {})
             node[our_leaf] = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value
+    if "quantize.codebook_used" in weights:
+        params["quantizer"]["codebook_used"] = take("quantize.codebook_used")
     take.finish()
     return module, _contiguous(params)
 
@@ -182,6 +187,8 @@ def save_tokenizer(params: Any, path: str | Path) -> None:
     num_levels = _count(encoder, r"level(\d+)_res")
     num_res_blocks = _count(encoder, r"level0_res(\d+)")
     weights = {"quantize.embedding.weight": params["quantizer"]["codebook"]}
+    if "codebook_used" in params["quantizer"]:
+        weights["quantize.codebook_used"] = params["quantizer"]["codebook_used"]
     for theirs, ours in _tokenizer_names(num_levels, num_res_blocks, "mid_attn" in encoder).items():
         node = params
         for key in ours:

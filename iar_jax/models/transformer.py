@@ -242,10 +242,13 @@ class Transformer(nn.Module):
         return jnp.asarray(table[: self.num_tokens])
 
     def embed_labels(self, labels: Int[Array | np.ndarray, " B"]) -> Float[Array, "B 1 D"]:
-        return jnp.asarray(self.class_table, self.dtype)[labels][:, None]
+        # Gathered along the width before the look-up, which cannot be split along it and over the batch at once.
+        table = nn.with_logical_constraint(jnp.asarray(self.class_table, self.dtype), (None, None))
+        return nn.with_logical_constraint(table[labels][:, None], ("batch", None, None))
 
     def embed_codes(self, codes: Int[Array | np.ndarray, "B T"]) -> Float[Array, "B T D"]:
-        return jnp.asarray(self.token_table, self.dtype)[codes]
+        table = nn.with_logical_constraint(jnp.asarray(self.token_table, self.dtype), ("vocab", None))
+        return nn.with_logical_constraint(table[codes], ("batch", None, None))
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Final norm and head; in the model's dtype."""

@@ -82,6 +82,13 @@ class Checkpoints:
         return None
 
 
+def save_params(directory: epath.Path, step: int, params: Any) -> None:
+    """Writes a checkpoint that has weights alone, for `restore_params`."""
+    with ocp.CheckpointManager(directory.resolve()) as manager:
+        manager.save(step, args=ocp.args.Composite(ema_params=ocp.args.StandardSave(params)))
+        manager.wait_until_finished()
+
+
 def restore_params(directory: epath.Path, abstract_params: Any) -> tuple[Any, int]:
     """The averaged weights of the latest checkpoint in `directory`, and its step.
 

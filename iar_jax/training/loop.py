@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from etils import epath
@@ -33,12 +33,13 @@ class TrainingRun:
         num_steps: int,
         batch_size: int,
         log_every: int,
+        eval_every: int = 0,
         checkpoint_every: int,
         keep_checkpoints: int,
     ):
         self.directory, self.name = directory, name
         self.num_steps, self.batch_size = num_steps, batch_size
-        self.log_every, self.checkpoint_every = log_every, checkpoint_every
+        self.log_every, self.eval_every, self.checkpoint_every = log_every, eval_every, checkpoint_every
         self.keep_checkpoints = keep_checkpoints
         self.step = 0
         self.seconds_before, self.started = 0.0, time.monotonic()
@@ -75,13 +76,18 @@ class TrainingRun:
             while self.step < self.num_steps:
                 yield self.step
 
-    def finished_step(self, state: Any, metrics: Any) -> None:
-        """Logs and saves where due. Raises Interrupted, with the state saved, where a stop was asked for."""
+    def finished_step(self, state: Any, metrics: Any, validate: Callable[[Any], dict[str, Any]] | None = None) -> None:
+        """Logs, validates and saves where due. Raises Interrupted, with the state saved, where a stop was asked for.
+
+        `validate` gives metrics of the validation set for a state; the last step's are left to the caller.
+        """
         self._write_pending()
         self.step += 1
         if self.step % self.log_every == 0 or self.step == self.num_steps:
             self.pending = (self.step, metrics)
         self.progress.update()
+        if validate is not None and self.step % self.eval_every == 0 and self.step < self.num_steps:
+            self.log_validation(validate(state))
         if self.stop.signal_number is not None:
             self.save(state)
             self.checkpoints.manager.wait_until_finished()

@@ -1,0 +1,214 @@
+"""Weights from elsewhere in, as artifacts that the other stages take like our own; and ours out.
+
+    python -m iar_jax.import_weights --config=configs/imagenet.py:B,256 --workdir=runs/llamagen \\
+        --tokenizer=vq_ds16_c2i.pt --transformer=c2i_B_256.pt
+    python -m iar_jax.import_weights --config=configs/imagenet.py:B,384 --workdir=runs/iar \\
+        --tokenizer=vq_ds16_c2i.pt --mapping=mapping.pt --reordered_tokenizer=vq_reordered.pt --transformer=iar_B.pt
+    python -m iar_jax.import_weights --config=configs/imagenet.py:B,256 --workdir=runs/mine \\
+        --export=transformer.safetensors --what=transformer
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from etils import epath
+from ml_collections import ConfigDict
+
+from iar_jax.codebook.permutation import Permutation, save_permutation
+from iar_jax.data.codes import permutation_fingerprint, read_permutation
+from iar_jax.interop import llamagen
+from iar_jax.interop.torch_files import read_torch_file
+from iar_jax.models.build import load_tokenizer, load_transformer, transformer_facts
+from iar_jax.models.transformer import swiglu_hidden_dim
+from iar_jax.runtime import artifacts, checkpoint, command_line, sharding
+from iar_jax.runtime.config import grid_size
+from iar_jax.runtime.errors import UserError
+from iar_jax.runtime.progress import say
+
+EXPORTS = ("transformer", "tokenizer", "rearranged_tokenizer")
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("tokenizer", None, "LlamaGen tokenizer, with its codebook in the original order.")
+    flags.DEFINE_string("reordered_tokenizer", None, "IAR's tokenizer with the codebook in the rearranged order.")
+    flags.DEFINE_string(
+        "mapping", None, "IAR's mapping of original to rearranged ids; without it ids stay as they are."
+    )
+    flags.DEFINE_string("transformer", None, "LlamaGen or IAR transformer.")
+    flags.DEFINE_string("export", None, "File to write: .safetensors, or .pt where PyTorch is installed.")
+    flags.DEFINE_enum("what", "transformer", EXPORTS, "What --export writes.")
+
+
+def run(config: ConfigDict, workdir: epath.Path) -> None:
+    """Imports what the flags name into the workdir, or exports from it."""
+    options = flags.FLAGS
+    if options.export:
+        return export_weights(config, workdir, options.export, options.what)
+    source = options.tokenizer or options.reordered_tokenizer
+    if not source:
+        raise UserError("give --tokenizer=FILE (or --reordered_tokenizer=FILE with --mapping=FILE), or --export=FILE")
+    tokenizer, permutation = import_tokenizer(
+        config, workdir, options.tokenizer, options.reordered_tokenizer, options.mapping
+    )
+    if options.transformer:
+        import_transformer(config, workdir, options.transformer, tokenizer, permutation)
+    return None
+
+
+def import_tokenizer(
+    config: ConfigDict, workdir: epath.Path, path: str | None, reordered_path: str | None, mapping_path: str | None
+) -> tuple[artifacts.Metadata, artifacts.Metadata]:
+    """Writes workdir/tokenizer, with the codebook in the original order, and workdir/codebook; returns their metadata.
+
+    Raises:
+        UserError: the mapping is no permutation, or does not turn the one codebook into the other.
+    """
+    if reordered_path and not mapping_path:
+        raise UserError("--reordered_tokenizer needs --mapping, which says where its codes come from")
+    module, params = llamagen.load_tokenizer(path or reordered_path or "")
+    codebook = params["quantizer"]["codebook"]
+    params["quantizer"] = {"codebook": codebook}  # without the buffer that counts used codes
+    cluster_size = config.codebook.cluster_size
+    old_to_new = np.arange(len(codebook), dtype=np.int32)
+    if mapping_path:
+        old_to_new = read_mapping(mapping_path, len(codebook))
+    try:
+        permutation = Permutation(old_to_new, cluster_size)
+    except ValueError as error:
+        raise UserError(f"{mapping_path or 'config.codebook.cluster_size'}: {error}") from error
+    if reordered_path:
+        reordered = llamagen.load_tokenizer(reordered_path)[1]["quantizer"]["codebook"]
+        if path is None:
+            params["quantizer"]["codebook"] = reordered[permutation.old_to_new]
+        else:
+            check_mapping(codebook, reordered, permutation, mapping_path)
+
+    facts = {
+        name: getattr(module, name)
+        for name in ("channels", "channel_multipliers", "num_res_blocks", "z_channels", "codebook_size", "codebook_dim")
+    }
+    section = (
+        config.tokenizer.to_dict() | facts | {"patch_size": 1, "local_encoder": False, "attention": module.attention}
+    )
+    directory = workdir / "tokenizer"
+    relevant = {"data": artifacts.relevant_config(config, ("data",))["data"], "tokenizer": section}
+    save_artifact(directory, "train_tokenizer", relevant, {}, params, {}, step=0)
+    tokenizer = artifacts.require(directory, "train_tokenizer")
+    say(
+        f"import_weights: tokenizer with {module.codebook_size} codes of {module.downsampling} x {module.downsampling} "
+        f"pixels, in {directory}"
+    )
+
+    directory = workdir / "codebook"
+    artifacts.begin(
+        directory,
+        "rearrange_codebook",
+        artifacts.relevant_config(config, ("codebook",)),
+        {"tokenizer": tokenizer.fingerprint},
+    )
+    codebook_fingerprint = artifacts.fingerprint_arrays(params["quantizer"]["codebook"])
+    save_permutation(directory / "permutation.npz", permutation, codebook_fingerprint)
+    figures = {"codebook_fingerprint": codebook_fingerprint, "num_clusters": len(old_to_new) // cluster_size}
+    return tokenizer, artifacts.finish(directory, permutation_fingerprint(permutation), figures)
+
+
+def read_mapping(path: str, codebook_size: int) -> np.ndarray:
+    """IAR's mapping, int32 [N]: a tensor by itself in a .pt file, or the only one in a .safetensors file."""
+    mapping = read_torch_file(path)
+    if isinstance(mapping, dict) and len(mapping) == 1:
+        mapping = next(iter(mapping.values()))
+    if not isinstance(mapping, np.ndarray) or mapping.shape != (codebook_size,) or mapping.dtype.kind not in "iu":
+        found = f"shape {mapping.shape}, {mapping.dtype}" if isinstance(mapping, np.ndarray) else type(mapping).__name__
+        raise UserError(f"{path} holds no mapping of {codebook_size} ids ({found})")
+    return mapping.astype(np.int64)
+
+
+def check_mapping(codebook: np.ndarray, reordered: np.ndarray, permutation: Permutation, path: str | None) -> None:
+    """Refuses a mapping that does not put each code of the one codebook at its place in the other."""
+    if reordered.shape != codebook.shape:
+        raise UserError(f"--reordered_tokenizer has a codebook of {reordered.shape}, --tokenizer of {codebook.shape}")
+    wrong = np.flatnonzero(np.any(reordered[permutation.old_to_new] != codebook, axis=1))
+    if len(wrong):
+        old = int(wrong[0])
+        raise UserError(
+            f"{path}: the mapping does not turn --tokenizer's codebook into --reordered_tokenizer's: code {old} should "
+            f"be code {permutation.old_to_new[old]} there, and is another vector ({len(wrong)} of {len(codebook)} are "
+            "wrong)"
+        )
+
+
+def import_transformer(
+    config: ConfigDict, workdir: epath.Path, path: str, tokenizer: artifacts.Metadata, codebook: artifacts.Metadata
+) -> None:
+    """Writes workdir/train; the model in the file must be the config's."""
+    directory = workdir / "train"
+    module, params = llamagen.load_transformer(path, num_heads=config.model.num_heads, grid_size=grid_size(config))
+    wanted = {
+        "config.model.dim": (config.model.dim, module.dim),
+        "config.model.num_layers": (config.model.num_layers, module.num_layers),
+        "config.model.hidden_dim": (config.model.hidden_dim or swiglu_hidden_dim(config.model.dim), module.hidden_dim),
+        "the tokenizer's codebook_size": (tokenizer.config["tokenizer"]["codebook_size"], module.vocab_size),
+    }
+    for field, (ours, theirs) in wanted.items():
+        if ours != theirs:
+            raise UserError(
+                f"{path}: {field} is {ours}, and the file's model has {theirs}; give the config of that model"
+            )
+    inputs = {"tokenizer": tokenizer.fingerprint, "codebook": codebook.fingerprint}
+    figures = {
+        "facts": transformer_facts(module),
+        "step": 0,
+        "num_params": sum(leaf.size for leaf in jax.tree.leaves(params)),
+    }
+    save_artifact(
+        directory, "train", artifacts.relevant_config(config, ("model",)), inputs, params, figures, step=figures["step"]
+    )
+    say(f"import_weights: transformer with {figures['num_params']:,} parameters, in {directory}")
+
+
+def save_artifact(
+    directory: epath.Path,
+    stage: str,
+    config: dict[str, Any],
+    inputs: dict[str, str],
+    params: Any,
+    figures: dict[str, Any],
+    step: int,
+) -> None:
+    """Writes weights as the artifact that a stage of ours would have left."""
+    if artifacts.begin(directory, stage, config, inputs):
+        raise UserError(f"{directory} is there already; give another --workdir, or delete it")
+    checkpoint.save_params(directory / "checkpoints", step, params)
+    artifacts.finish(directory, artifacts.fingerprint_arrays(params), figures)
+
+
+def export_weights(config: ConfigDict, workdir: epath.Path, path: str, what: str) -> None:
+    """Writes a tokenizer or a transformer of the workdir as LlamaGen's own code loads it.
+
+    A transformer of ours predicts rearranged ids: it goes with the rearranged tokenizer.
+    """
+    mesh = sharding.make_mesh(**config.mesh)
+    if what == "transformer":
+        directory = artifacts.input_directory(config, workdir, "transformer", "train")
+        params = jax.device_get(load_transformer(directory, mesh)[1])
+        llamagen.save_transformer(params, path)
+    else:
+        directory = artifacts.input_directory(config, workdir, "tokenizer", "tokenizer")
+        _, params, tokenizer = load_tokenizer(directory, mesh)
+        params = jax.device_get(params)
+        if what == "rearranged_tokenizer":
+            codebook_directory = artifacts.input_directory(config, workdir, "codebook", "codebook")
+            permutation = read_permutation(codebook_directory, tokenizer, directory)
+            rearranged = params["quantizer"]["codebook"][permutation.new_to_old]
+            params = params | {"quantizer": {"codebook": rearranged}}
+        # LlamaGen's network counts used codes in a buffer that its strict loading asks for.
+        params["quantizer"]["codebook_used"] = np.zeros(65536, np.float32)
+        llamagen.save_tokenizer(params, path)
+    say(f"import_weights: {what} of {directory} written to {path}")
+
+
+if __name__ == "__main__":
+    define_flags()
+    command_line.main(run)
