@@ -122,7 +122,7 @@ def read_mapping(path: str, codebook_size: int) -> np.ndarray:
     if not isinstance(mapping, np.ndarray) or mapping.shape != (codebook_size,) or mapping.dtype.kind not in "iu":
         found = f"shape {mapping.shape}, {mapping.dtype}" if isinstance(mapping, np.ndarray) else type(mapping).__name__
         raise UserError(f"{path} holds no mapping of {codebook_size} ids ({found})")
-    return mapping.astype(np.int64)
+    return mapping.astype(np.int32)
 
 
 def check_mapping(codebook: np.ndarray, reordered: np.ndarray, permutation: Permutation, path: str | None) -> None:

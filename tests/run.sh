@@ -1,8 +1,14 @@
 #!/usr/bin/env bash
-# Sets up .venv once, then lint, import contracts, types and tests. Options go to pytest.
+# Sets up .venv once, then lint, import contracts, types and tests. Options go to pytest, but for
+#     --with-torch    installs PyTorch too, for the tests that need it
 set -euo pipefail
 cd "$(dirname "$0")/.."
-. launch/setup.sh requirements.txt requirements-dev.txt
+requirements=(requirements.txt requirements-dev.txt)
+if [ "${1:-}" = --with-torch ]; then
+    requirements+=(requirements-torch.txt)
+    shift
+fi
+. launch/setup.sh "${requirements[@]}"
 ruff check .
 ruff format --check .
 lint-imports

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Array, Float, UInt8
 from PIL import Image, ImageOps
 
 
@@ -112,6 +112,6 @@ def to_unit_range(pixels: UInt8[np.ndarray, "*B"]) -> Float[np.ndarray, "*B"]:
     return pixels.astype(np.float32) / 127.5 - 1.0
 
 
-def to_uint8(images: Float[np.ndarray, "*B"]) -> UInt8[np.ndarray, "*B"]:
+def to_uint8(images: Float[Array | np.ndarray, "*B"]) -> UInt8[np.ndarray, "*B"]:
     """[-1, 1] -> uint8 as LlamaGen writes its samples: clamp(127.5 x + 128, 0, 255), truncated."""
     return np.clip(127.5 * np.asarray(images, np.float32) + 128.0, 0, 255).astype(np.uint8)

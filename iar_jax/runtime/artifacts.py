@@ -57,7 +57,7 @@ def relevant_config(config: ConfigDict, sections: tuple[str, ...]) -> dict[str, 
         if isinstance(value, ConfigDict):
             value = {key: item for key, item in value.to_dict().items() if key not in IMMATERIAL_FIELDS}
         chosen[name] = value
-    return json.loads(json.dumps(chosen))
+    return chosen
 
 
 def read_metadata(directory: epath.Path) -> Metadata | None:
@@ -152,7 +152,8 @@ def samples_name(config: ConfigDict, step: int) -> str:
 
 def check_config_unchanged(directory: epath.Path, found: Metadata, config: dict[str, Any]) -> None:
     """Raises UserError with the differences where an artifact was made with another config."""
-    differences = list(_differences(found.config, config, "config"))
+    as_stored = json.loads(json.dumps(config))
+    differences = list(_differences(found.config, as_stored, "config"))
     if differences:
         raise UserError(
             f"{directory} was made with another config:\n  "

@@ -83,8 +83,12 @@ def tree_shardings(mesh: Mesh, boxed: Any) -> Any:
 
 
 def unbox(boxed: Any) -> Any:
-    """The tree without its logical axes."""
-    return nn.unbox(boxed)
+    """The tree without its logical axes; leaves may be shapes (flax's own `unbox` would constrain them)."""
+
+    def is_box(leaf):
+        return isinstance(leaf, nn.LogicallyPartitioned)
+
+    return jax.tree.map(lambda leaf: leaf.value if is_box(leaf) else leaf, boxed, is_leaf=is_box)
 
 
 def check_batch_size(mesh: Mesh, batch_size: int, field: str) -> None:
@@ -103,5 +107,5 @@ def initialise_sharded(init: Callable[..., Any], mesh: Mesh, *args: Any) -> tupl
     No device ever holds a whole leaf that the rules split.
     """
     shardings = tree_shardings(mesh, jax.eval_shape(init, *args))
-    tree = jax.jit(lambda *a: nn.unbox(init(*a)), out_shardings=shardings)(*args)
+    tree = jax.jit(lambda *a: unbox(init(*a)), out_shardings=shardings)(*args)
     return tree, shardings
