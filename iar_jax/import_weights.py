@@ -27,6 +27,18 @@ from iar_jax.runtime.config import grid_size
 from iar_jax.runtime.errors import UserError
 from iar_jax.runtime.progress import say
 
+# Layers and width of the published models, to name the one that a file holds.
+LLAMAGEN_SIZES = {
+    (12, 768): "B",
+    (24, 1024): "L",
+    (36, 1280): "XL",
+    (48, 1536): "XXL",
+    (24, 3200): "3B",
+    (48, 2560): "XXXL",
+    (22, 2048): "1B",
+    (32, 4096): "7B",
+}
+
 EXPORTS = ("transformer", "tokenizer", "rearranged_tokenizer")
 
 
@@ -153,9 +165,9 @@ def import_transformer(
     }
     for field, (ours, theirs) in wanted.items():
         if ours != theirs:
-            raise UserError(
-                f"{path}: {field} is {ours}, and the file's model has {theirs}; give the config of that model"
-            )
+            name = LLAMAGEN_SIZES.get((module.num_layers, module.dim))
+            hint = f"it looks like LlamaGen's {name}" if name else "give the config of that model"
+            raise UserError(f"{path}: {field} is {ours}, and the file's model has {theirs}; {hint}")
     inputs = {"tokenizer": tokenizer.fingerprint, "codebook": codebook.fingerprint}
     figures = {
         "facts": transformer_facts(module),

@@ -50,6 +50,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         codebook,
         model.codebook_size // cluster_size,
         key=jax.random.key(config.seed),
+        assignment=config.codebook.assignment,
         max_iterations=config.codebook.max_iterations,
         num_restarts=config.codebook.num_restarts,
     )

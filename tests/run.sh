@@ -13,4 +13,5 @@ ruff check .
 ruff format --check .
 lint-imports
 mypy
-exec python -m pytest "$@"
+# Two workers for two cores; a file of tests stays with one, for the runs its tests share.
+exec python -m pytest -n 2 --dist loadfile "$@"

@@ -1,15 +1,22 @@
-"""Balanced k-means (Algorithm 1 of the IAR paper) as one jitted program.
+"""Balanced k-means as one jitted program: Algorithm 1 of the IAR paper, or with an optimal assignment step.
 
 Every cluster gets exactly N/n vectors, so that the rearranged codebook splits into equal contiguous blocks.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
+
+from iar_jax.codebook.optimal_assignment import BalancedAssignment, entropic_prices, mean_smallest, optimal_assignment
+
+# Temperatures of the entropic prices, as shares of the mean smallest distance, and rounds at each: for the first
+# iteration, and for those after it, whose prices start from the one before.
+COLD_TEMPERATURES, COLD_ROUNDS = (1.0, 0.3, 0.1), 15
+WARM_TEMPERATURES, WARM_ROUNDS = (0.03,), 8
 
 
 class BalancedClustering(NamedTuple):
@@ -22,6 +29,8 @@ class BalancedClustering(NamedTuple):
         inertia_history: inertia after each iteration, [max_iterations]; NaN past the last one.
         num_iterations: how many ran.
         converged: whether the centroids stood still before max_iterations.
+        gap: of the last assignment step: by how much an assignment to the same centroids could be cheaper at most;
+            NaN for the greedy step, which has no bound.
     """
 
     assignment: Int[Array, " N"]
@@ -30,6 +39,7 @@ class BalancedClustering(NamedTuple):
     inertia_history: Float[Array, " iterations"]
     num_iterations: Int[Array, ""]
     converged: Bool[Array, ""]
+    gap: Float[Array, ""]
 
 
 def balanced_kmeans(
@@ -38,20 +48,24 @@ def balanced_kmeans(
     *,
     initial_centroids: Float[Array | np.ndarray, "n d"] | None = None,
     key: Key[Array, ""] | None = None,
+    assignment: Literal["greedy", "optimal"] = "greedy",
     max_iterations: int = 100,
     num_restarts: int = 1,
 ) -> BalancedClustering:
     """Clusters vectors into equal parts; the best of `num_restarts` runs by inertia.
 
-    One iteration visits the vectors in the order of their distance to the nearest centroid (the lower index first on
-    ties) and puts each into the nearest cluster that still has room, then moves the centroids to the means. It stops
+    One iteration assigns the vectors and moves the centroids to the means. The "greedy" assignment visits the vectors
+    in the order of their distance to the nearest centroid (the lower index first on ties) and puts each into the
+    nearest cluster that still has room; the "optimal" one is the cheapest there is (`optimal_assignment`). It stops
     when no coordinate of a centroid moves by more than 1e-8 + 1e-5 of its size, as the IAR code does.
 
     Args:
         vectors: [N, d], finite. IAR clusters L2-normalised codes: normalise before.
         num_clusters: n, a divisor of N.
         initial_centroids: [n, d] to start from; allowed with one restart only.
-        key: draws n distinct vectors as the first centroids of each restart, where none are given.
+        key: draws the first centroids of each restart where none are given, as k-means++ does (the paper draws them
+            evenly, which ends worse): each next one with probability proportional to the squared distance to those
+            already there.
 
     Raises:
         ValueError: non-finite vectors, n that is not in [1, N] or does not divide N, wrong centroids, or neither or
@@ -78,38 +92,59 @@ def balanced_kmeans(
             )
         starts = jnp.asarray(initial_centroids, jnp.float32)[None]
     elif key is not None:
-        picks = jax.vmap(lambda k: jax.random.permutation(k, num_vectors)[:num_clusters])(
-            jax.random.split(key, num_restarts)
-        )
-        starts = jnp.asarray(vectors, jnp.float32)[picks]
+        seed = functools.partial(plus_plus_seeds, jnp.asarray(vectors, jnp.float32), num_clusters)
+        starts = jax.vmap(seed)(jax.random.split(key, num_restarts))
     else:
         raise ValueError("give initial_centroids, or a key to draw them with")
-    return _best_run(jnp.asarray(vectors, jnp.float32), starts, max_iterations)
+    return _best_run(jnp.asarray(vectors, jnp.float32), starts, assignment, max_iterations)
 
 
-@functools.partial(jax.jit, static_argnames="max_iterations")
-def _best_run(vectors, starts, max_iterations):
-    runs = jax.vmap(lambda start: _run(vectors, start, max_iterations))(starts)
+def plus_plus_seeds(vectors: Float[Array, "N d"], num_seeds: int, key: Key[Array, ""]) -> Float[Array, "n d"]:
+    """Vectors far apart: each drawn with probability proportional to its squared distance to those before."""
+
+    def pick(distance, step_key):
+        # Where all vectors are taken, duplicates are as good as any.
+        chosen = vectors[jax.random.categorical(step_key, jnp.log(distance + 1e-30))]
+        return jnp.minimum(distance, jnp.sum(jnp.square(vectors - chosen), axis=-1)), chosen
+
+    return jax.lax.scan(pick, jnp.ones(vectors.shape[0]), jax.random.split(key, num_seeds))[1]
+
+
+@functools.partial(jax.jit, static_argnames=("assignment", "max_iterations"))
+def _best_run(vectors, starts, assignment, max_iterations):
+    # One after the other: side by side, every run would pay for the slowest assignment of all.
+    runs = jax.lax.map(lambda start: _run(vectors, start, assignment, max_iterations), starts)
     best = jnp.argmin(runs.inertia)
     return jax.tree.map(lambda x: x[best], runs)
 
 
-def _run(vectors: Float[Array, "N d"], start: Float[Array, "n d"], max_iterations: int) -> BalancedClustering:
-    def unfinished(clustering):
+def _run(
+    vectors: Float[Array, "N d"], start: Float[Array, "n d"], kind: str, max_iterations: int
+) -> BalancedClustering:
+    def unfinished(carry):
+        clustering, _ = carry
         return ~clustering.converged & (clustering.num_iterations < max_iterations)
 
-    def iterate(clustering):
-        assignment = greedy_assignment(squared_distances(vectors, clustering.centroids))
+    def assign(distances, prices):
+        if kind == "greedy":
+            return BalancedAssignment(greedy_assignment(distances), prices, jnp.float32(jnp.nan))
+        return optimal_assignment(distances, prices, WARM_TEMPERATURES, WARM_ROUNDS, fallback=greedy_assignment)
+
+    def iterate(carry):
+        clustering, prices = carry
+        assignment, prices, gap = assign(squared_distances(vectors, clustering.centroids), prices)
         centroids, inertia = means_and_inertia(vectors, assignment, start.shape[0])
         still = jnp.all(jnp.abs(centroids - clustering.centroids) <= 1e-8 + 1e-5 * jnp.abs(clustering.centroids))
-        return BalancedClustering(
+        clustering = BalancedClustering(
             assignment,
             centroids,
             inertia,
             clustering.inertia_history.at[clustering.num_iterations].set(inertia),
             clustering.num_iterations + 1,
             still,
+            gap,
         )
+        return clustering, prices
 
     nothing = BalancedClustering(
         jnp.zeros(vectors.shape[0], jnp.int32),
@@ -118,8 +153,14 @@ def _run(vectors: Float[Array, "N d"], start: Float[Array, "n d"], max_iteration
         jnp.full(max_iterations, jnp.nan),
         jnp.int32(0),
         jnp.bool_(False),
+        jnp.float32(jnp.nan),
     )
-    return jax.lax.while_loop(unfinished, iterate, nothing)
+    prices = jnp.zeros(start.shape[0])
+    if kind == "optimal":
+        distances = squared_distances(vectors, start)
+        for temperature in COLD_TEMPERATURES:
+            prices = entropic_prices(distances, prices, temperature * mean_smallest(distances), COLD_ROUNDS)
+    return jax.lax.while_loop(unfinished, iterate, (nothing, prices))[0]
 
 
 def squared_distances(vectors: Float[Array, "N d"], centroids: Float[Array, "n d"]) -> Float[Array, "N n"]:

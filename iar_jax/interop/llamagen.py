@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from iar_jax.interop.torch_files import read_torch_file, write_torch_file
@@ -37,46 +39,59 @@ def load_transformer(path: str | Path, *, num_heads: int, grid_size: int, **over
         The module and its parameters (numpy); `module.apply({"params": params}, labels, codes)` gives logits.
 
     Raises:
-        UserError: the file is no such transformer, or does not fit num_heads and grid_size.
+        UserError: the file is no such transformer, or does not fit num_heads and grid_size; all tensors that are
+            missing, unexpected or of another shape are named.
     """
     weights = read_state_dict(path)
-    take = _Taker(weights, path)
-    vocab_size, dim = take.shape("tok_embeddings.weight", 2)
-    num_layers = 1 + max((int(m[1]) for name in weights if (m := re.match(r"layers\.(\d+)\.", name))), default=-1)
-    if num_layers == 0:
-        raise UserError(f"{path}: no tensor named layers.0.…; this is no LlamaGen transformer")
+    for name, ndim in (("tok_embeddings.weight", 2), ("cls_embedding.embedding_table.weight", 2)):
+        _require(weights, path, name, ndim, "LlamaGen transformer")
+    vocab_size, dim = weights["tok_embeddings.weight"].shape
+    num_classes = weights["cls_embedding.embedding_table.weight"].shape[0] - 1
+    num_layers = _count(weights, r"layers\.(\d+)\.")
     if dim % num_heads or (dim // num_heads) % 4:
         raise UserError(f"{path}: {num_heads} heads do not divide the width {dim} into heads of a multiple of 4")
-    hidden_dim = take.shape("layers.0.feed_forward.w1.weight", 2)[0]
     head_dim = dim // num_heads
+    _require(weights, path, "layers.0.feed_forward.w1.weight", 2, "LlamaGen transformer")
+    _require(weights, path, "layers.0.attention.wqkv.weight", 2, "LlamaGen transformer")
+    hidden_dim = weights["layers.0.feed_forward.w1.weight"].shape[0]
+    rows = weights["layers.0.attention.wqkv.weight"].shape[0]
+    num_kv_heads, rest = divmod(rows - dim, 2 * head_dim)
+    if rest or num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise UserError(
+            f"{path}: layers.0.attention.wqkv.weight has {rows} rows, which {num_heads} heads of {head_dim} do not "
+            "make; is num_heads another size's?"
+        )
+    _check(weights, _transformer_shapes(vocab_size, num_classes, dim, hidden_dim, num_layers, rows), path)
+    _check_frequencies(weights, path, grid_size, head_dim, overrides.get("rope_base", 10000.0))
+
+    def take(name: str) -> np.ndarray:
+        return weights[name].astype(np.float32)
 
     def layer(i: int) -> dict:
         prefix = f"layers.{i}."
-        wqkv = take(prefix + "attention.wqkv.weight", (3 * dim, dim))
-        gates = [take(f"{prefix}feed_forward.{name}.weight", (hidden_dim, dim)) for name in ("w1", "w3")]
+        q, k, v = np.split(take(prefix + "attention.wqkv.weight"), [dim, dim + num_kv_heads * head_dim])
+        grouped = [part.reshape(num_kv_heads, -1, head_dim, dim) for part in (q, k, v)]
+        gates = [take(f"{prefix}feed_forward.{name}.weight") for name in ("w1", "w3")]
         return {
             "attention": {
-                "wqkv": wqkv.reshape(3, num_heads, head_dim, dim).transpose(3, 0, 1, 2),
-                "wo": take(prefix + "attention.wo.weight", (dim, dim)).T.reshape(num_heads, head_dim, dim),
+                "wqkv": np.concatenate(grouped, axis=1).transpose(3, 0, 1, 2),
+                "wo": take(prefix + "attention.wo.weight").T.reshape(num_heads, head_dim, dim),
             },
             "feed_forward": {
                 "w13": np.stack([gate.T for gate in gates], axis=1),
-                "w2": take(prefix + "feed_forward.w2.weight", (dim, hidden_dim)).T,
+                "w2": take(prefix + "feed_forward.w2.weight").T,
             },
-            "attention_norm": {"weight": take(prefix + "attention_norm.weight", (dim,))},
-            "ffn_norm": {"weight": take(prefix + "ffn_norm.weight", (dim,))},
+            "attention_norm": {"weight": take(prefix + "attention_norm.weight")},
+            "ffn_norm": {"weight": take(prefix + "ffn_norm.weight")},
         }
 
-    num_classes = take.shape("cls_embedding.embedding_table.weight", 2)[0] - 1
     params = {
-        "class_table": take("cls_embedding.embedding_table.weight", (num_classes + 1, dim)),
-        "token_table": take("tok_embeddings.weight", (vocab_size, dim)),
+        "class_table": take("cls_embedding.embedding_table.weight"),
+        "token_table": take("tok_embeddings.weight"),
         "layers": _stack([layer(i) for i in range(num_layers)]),
-        "norm": {"weight": take("norm.weight", (dim,))},
-        "head": take("output.weight", (vocab_size, dim)).T,
+        "norm": {"weight": take("norm.weight")},
+        "head": take("output.weight").T,
     }
-    _check_frequencies(weights, path, grid_size, head_dim, overrides.get("rope_base", 10000.0))
-    take.finish()
     module = Transformer(
         **{
             "vocab_size": vocab_size,
@@ -85,12 +100,37 @@ def load_transformer(path: str | Path, *, num_heads: int, grid_size: int, **over
             "dim": dim,
             "num_layers": num_layers,
             "num_heads": num_heads,
+            "num_kv_heads": None if num_kv_heads == num_heads else num_kv_heads,
             "hidden_dim": hidden_dim,
             "scan_unroll": num_layers,
             **overrides,
         }
     )
     return module, _contiguous(params)
+
+
+def _transformer_shapes(
+    vocab_size: int, num_classes: int, dim: int, hidden_dim: int, num_layers: int, qkv_rows: int
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors of a LlamaGen transformer."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "cls_embedding.embedding_table.weight": (num_classes + 1, dim),
+        "tok_embeddings.weight": (vocab_size, dim),
+        "norm.weight": (dim,),
+        "output.weight": (vocab_size, dim),
+    }
+    for i in range(num_layers):
+        prefix = f"layers.{i}."
+        shapes |= {
+            prefix + "attention.wqkv.weight": (qkv_rows, dim),
+            prefix + "attention.wo.weight": (dim, dim),
+            prefix + "feed_forward.w1.weight": (hidden_dim, dim),
+            prefix + "feed_forward.w3.weight": (hidden_dim, dim),
+            prefix + "feed_forward.w2.weight": (dim, hidden_dim),
+            prefix + "attention_norm.weight": (dim,),
+            prefix + "ffn_norm.weight": (dim,),
+        }
+    return shapes
 
 
 def save_transformer(params: Any, path: str | Path) -> None:
@@ -103,10 +143,16 @@ def save_transformer(params: Any, path: str | Path) -> None:
     }
     for i in range(np.shape(layers["attention_norm"]["weight"])[0]):
         prefix = f"layers.{i}."
+        # [D, groups, queries + key + value, K] to LlamaGen's rows: all queries, all keys, all values.
         wqkv = np.asarray(layers["attention"]["wqkv"][i])
         w13 = np.asarray(layers["feed_forward"]["w13"][i])
         weights |= {
-            prefix + "attention.wqkv.weight": wqkv.transpose(1, 2, 3, 0).reshape(3 * dim, dim),
+            prefix + "attention.wqkv.weight": np.concatenate(
+                [
+                    part.transpose(1, 2, 3, 0).reshape(-1, dim)
+                    for part in (wqkv[:, :, :-2], wqkv[:, :, -2:-1], wqkv[:, :, -1:])
+                ]
+            ),
             prefix + "attention.wo.weight": np.asarray(layers["attention"]["wo"][i]).reshape(dim, dim).T,
             prefix + "feed_forward.w1.weight": w13[:, 0].T,
             prefix + "feed_forward.w3.weight": w13[:, 1].T,
@@ -132,44 +178,56 @@ def load_tokenizer(path: str | Path, **overrides: Any) -> tuple[VQModel, Any]:
         UserError: the file is no such tokenizer.
     """
     weights = read_state_dict(path)
-    take = _Taker(weights, path)
-    channels = take.shape("encoder.conv_in.weight", 4)[0]
-    codebook_size, codebook_dim = take.shape("quantize.embedding.weight", 2)
+    for name, ndim in (
+        ("encoder.conv_in.weight", 4),
+        ("encoder.conv_out.weight", 4),
+        ("quantize.embedding.weight", 2),
+        ("encoder.conv_blocks.0.res.0.conv1.weight", 4),
+    ):
+        _require(weights, path, name, ndim, "LlamaGen tokenizer")
+    channels = weights["encoder.conv_in.weight"].shape[0]
+    z_channels = weights["encoder.conv_out.weight"].shape[0]
+    codebook_size, codebook_dim = weights["quantize.embedding.weight"].shape
     num_levels = _count(weights, r"encoder\.conv_blocks\.(\d+)\.")
     num_res_blocks = _count(weights, r"encoder\.conv_blocks\.0\.res\.(\d+)\.")
-    if not num_levels or not num_res_blocks:
-        raise UserError(f"{path}: no tensor named encoder.conv_blocks.0.res.0.…; this is no LlamaGen tokenizer")
-    widths = [take.shape(f"encoder.conv_blocks.{i}.res.0.conv1.weight", 4)[0] for i in range(num_levels)]
+    widths = []
+    for i in range(num_levels):
+        _require(weights, path, f"encoder.conv_blocks.{i}.res.0.conv1.weight", 4, "LlamaGen tokenizer")
+        widths.append(weights[f"encoder.conv_blocks.{i}.res.0.conv1.weight"].shape[0])
     if any(width % channels for width in widths):
         raise UserError(f"{path}: the widths {widths} are no multiples of the first convolution's {channels}")
-    attention = "encoder.mid.1.q.weight" in weights
     module = VQModel(
         **{
             "channels": channels,
             "channel_multipliers": tuple(width // channels for width in widths),
             "num_res_blocks": num_res_blocks,
-            "z_channels": take.shape("encoder.conv_out.weight", 4)[0],
+            "z_channels": z_channels,
             "codebook_size": codebook_size,
             "codebook_dim": codebook_dim,
-            "attention": attention,
+            "attention": "encoder.mid.1.q.weight" in weights,
             **overrides,
         }
     )
-    params: dict = {"quantizer": {"codebook": take("quantize.embedding.weight", (codebook_size, codebook_dim))}}
-    for theirs, ours in _tokenizer_names(num_levels, num_res_blocks, attention).items():
+    images = jnp.zeros((1, module.downsampling, module.downsampling, 3))
+    shapes = _tree_shapes(jax.eval_shape(lambda: module.init(jax.random.key(0), images)["params"]))
+    leaves = {}
+    for theirs, ours in _tokenizer_names(num_levels, num_res_blocks, module.attention).items():
         for their_leaf, our_leaf in (("weight", "kernel" if _is_conv(theirs) else "scale"), ("bias", "bias")):
-            value = take(f"{theirs}.{their_leaf}") if f"{theirs}.{their_leaf}" in weights else None
-            if value is None:
-                if theirs.endswith("nin_shortcut"):
-                    continue
-                raise UserError(f"{path}: the tensor {theirs}.{their_leaf} is missing")
-            node = params
-            for key in ours:
-                node = node.setdefault(key, {})
-            node[our_leaf] = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value
+            if (*ours, our_leaf) in shapes:
+                leaves[f"{theirs}.{their_leaf}"] = (*ours, our_leaf)
+    expected = {name: _their_shape(shapes[ours]) for name, ours in leaves.items()}
+    expected["quantize.embedding.weight"] = (codebook_size, codebook_dim)
+    _check(weights, expected, path, optional=("quantize.codebook_used",))
+
+    params: dict = {"quantizer": {"codebook": weights["quantize.embedding.weight"].astype(np.float32)}}
     if "quantize.codebook_used" in weights:
-        params["quantizer"]["codebook_used"] = take("quantize.codebook_used")
-    take.finish()
+        params["quantizer"]["codebook_used"] = weights["quantize.codebook_used"].astype(np.float32)
+    for name, ours in leaves.items():
+        value = weights[name].astype(np.float32)
+        node = params
+        for key in ours[:-1]:
+            node = node.setdefault(key, {})
+        node[ours[-1]] = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value
     return module, _contiguous(params)
 
 
@@ -224,34 +282,44 @@ def read_state_dict(path: str | Path) -> StateDict:
     return weights
 
 
-class _Taker:
-    """Takes tensors out of a state dict, as float32, and knows which were never asked for."""
+def _require(weights: StateDict, path: str | Path, name: str, ndim: int, kind: str) -> None:
+    """Refuses a file that lacks a tensor which tells the model's size."""
+    if name not in weights:
+        raise UserError(f"{path}: the tensor {name} is missing; is this a {kind}? It begins with {sorted(weights)[0]}")
+    if weights[name].ndim != ndim:
+        raise UserError(f"{path}: {name} has shape {weights[name].shape}; it should have {ndim} dimensions")
 
-    def __init__(self, weights: StateDict, path: str | Path):
-        self.weights, self.path = weights, path
-        self.taken: set[str] = set()
 
-    def shape(self, name: str, ndim: int) -> tuple[int, ...]:
-        if name not in self.weights:
-            raise UserError(f"{self.path}: the tensor {name} is missing")
-        shape = self.weights[name].shape
-        if len(shape) != ndim:
-            raise UserError(f"{self.path}: {name} has shape {shape}; it should have {ndim} dimensions")
-        return shape
+def _check(
+    weights: StateDict, expected: dict[str, tuple[int, ...]], path: str | Path, optional: tuple[str, ...] = ()
+) -> None:
+    """Refuses a state dict that does not have the expected tensors, naming all that are wrong."""
+    missing = [name for name in expected if name not in weights]
+    unexpected = [name for name in weights if name not in expected and name not in (*BUFFERS, *optional)]
+    wrong = [
+        f"{name} has shape {weights[name].shape} and should have {shape}"
+        for name, shape in expected.items()
+        if name in weights and weights[name].shape != shape
+    ]
+    complaints = []
+    if missing:
+        complaints.append(f"missing: {', '.join(missing)}")
+    if unexpected:
+        complaints.append(f"unexpected: {', '.join(unexpected)}")
+    if wrong:
+        complaints.append("; ".join(wrong) + " (as the other tensors of the file tell: files of two sizes mixed?)")
+    if complaints:
+        raise UserError(f"{path} does not hold the tensors of such a model. " + ". ".join(complaints))
 
-    def __call__(self, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
-        if name not in self.weights:
-            raise UserError(f"{self.path}: the tensor {name} is missing")
-        value = self.weights[name]
-        if shape is not None and value.shape != shape:
-            raise UserError(f"{self.path}: {name} has shape {value.shape}; it should be {shape}")
-        self.taken.add(name)
-        return value.astype(np.float32)
 
-    def finish(self) -> None:
-        left = [name for name in self.weights if name not in self.taken and name not in BUFFERS]
-        if left:
-            raise UserError(f"{self.path}: {len(left)} tensors have no place in the model, the first is {left[0]}")
+def _tree_shapes(tree: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], tuple[int, ...]]:
+    if isinstance(tree, dict):
+        return {k: v for key, value in tree.items() for k, v in _tree_shapes(value, (*path, key)).items()}
+    return {path: tree.shape}
+
+
+def _their_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (shape[3], shape[2], shape[0], shape[1]) if len(shape) == 4 else shape
 
 
 def _check_frequencies(weights: StateDict, path: str | Path, grid_size: int, head_dim: int, base: float) -> None:
@@ -262,7 +330,9 @@ def _check_frequencies(weights: StateDict, path: str | Path, grid_size: int, hea
     if table.shape != expected.shape:
         raise UserError(
             f"{path}: freqs_cis has shape {table.shape}, but num_heads and grid_size {grid_size} make "
-            f"{expected.shape}; one of the two is not this model's"
+            f"{expected.shape}: this is a model of {round((table.shape[0] - 1) ** 0.5)} x "
+            f"{round((table.shape[0] - 1) ** 0.5)} codes with heads of {2 * table.shape[1]} (LlamaGen's 256-px models "
+            "have 16 x 16 codes, its 384-px models 24 x 24)"
         )
     if np.abs(table.astype(np.float32) - expected).max() > 0.02:  # bfloat16 files round at 0.004
         raise UserError(f"{path}: freqs_cis is not the rotary table of a grid of side {grid_size}")

@@ -20,7 +20,9 @@ def build_tokenizer(section: dict[str, Any]) -> VQModel:
     )
 
 
-def build_transformer(section: dict[str, Any], *, vocab_size: int, num_classes: int, grid_size: int) -> Transformer:
+def build_transformer(
+    section: dict[str, Any], *, vocab_size: int, num_classes: int, grid_size: int, num_kv_heads: int | None = None
+) -> Transformer:
     """The transformer of config.model for a codebook, a number of classes and a grid."""
     fields = dict(section)
     hidden_dim = fields.pop("hidden_dim") or swiglu_hidden_dim(fields["dim"])
@@ -29,13 +31,19 @@ def build_transformer(section: dict[str, Any], *, vocab_size: int, num_classes: 
         num_classes=num_classes,
         grid_size=grid_size,
         hidden_dim=hidden_dim,
+        num_kv_heads=num_kv_heads,
         **fields | {"dtype": jnp.dtype(fields["dtype"])},
     )
 
 
-def transformer_facts(model: Transformer) -> dict[str, int]:
+def transformer_facts(model: Transformer) -> dict[str, int | None]:
     """What a transformer's config section does not say of it; kept in its metadata."""
-    return {"vocab_size": model.vocab_size, "num_classes": model.num_classes, "grid_size": model.grid_size}
+    return {
+        "vocab_size": model.vocab_size,
+        "num_classes": model.num_classes,
+        "grid_size": model.grid_size,
+        "num_kv_heads": model.num_kv_heads,
+    }
 
 
 def load_tokenizer(directory: epath.Path, mesh: Mesh) -> tuple[VQModel, Any, artifacts.Metadata]:

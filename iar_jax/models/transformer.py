@@ -64,9 +64,13 @@ class Dropout(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention with fused projections and rotary embedding."""
+    """Causal self-attention with fused projections and rotary embedding.
+
+    The heads come in groups, one for each key-value head: its query heads, then its key, then its value.
+    """
 
     num_heads: int
+    num_kv_heads: int
     init_std: float
     dtype: DTypeLike
 
@@ -81,13 +85,17 @@ class Attention(nn.Module):
         dim = x.shape[-1]
         head_dim = dim // self.num_heads
         init = nn.initializers.normal(self.init_std)
+        group = self.num_heads // self.num_kv_heads
         wqkv = self.param(
-            "wqkv", partitioned(init, "embed", "qkv", "heads", "head_dim"), (dim, 3, self.num_heads, head_dim)
+            "wqkv",
+            partitioned(init, "embed", "heads", "qkv", "head_dim"),
+            (dim, self.num_kv_heads, group + 2, head_dim),
         )
         wo = self.param("wo", partitioned(init, "heads", "head_dim", "embed"), (self.num_heads, head_dim, dim))
-        qkv = jnp.einsum("BLD,DTHK->BLTHK", x, wqkv.astype(self.dtype))
-        qkv = nn.with_logical_constraint(qkv, ("batch", None, None, "heads", None))
-        q, k, v = (qkv[:, :, i] for i in range(3))
+        qkv = jnp.einsum("BLD,DHTK->BLHTK", x, wqkv.astype(self.dtype))
+        qkv = nn.with_logical_constraint(qkv, ("batch", None, "heads", None, None))
+        q = qkv[:, :, :, :group].reshape(*x.shape[:2], self.num_heads, head_dim)
+        k, v = qkv[:, :, :, group], qkv[:, :, :, group + 1]
         q, k = apply_rope(q, rope), apply_rope(k, rope)
         if cache is None or position is None:
             # is_causal, never a mask tensor: cuDNN's backward is wrong with one at 576 positions.
@@ -125,6 +133,7 @@ class Block(nn.Module):
     """One pre-norm layer. With a cache, x is a single position and the cache is returned with it written in."""
 
     num_heads: int
+    num_kv_heads: int
     hidden_dim: int
     norm_eps: float
     init_std: float
@@ -143,7 +152,7 @@ class Block(nn.Module):
     ) -> tuple[Float[Array, "B L D"], LayerCache | None]:
         x = nn.with_logical_constraint(x, ("batch", None, None))
         normed = RMSNorm(self.norm_eps, self.dtype, name="attention_norm")(x)
-        out, cache = Attention(self.num_heads, self.init_std, self.dtype, name="attention")(
+        out, cache = Attention(self.num_heads, self.num_kv_heads, self.init_std, self.dtype, name="attention")(
             normed, rope, cache, position
         )
         x = x + self.residual(out, self.residual_dropout_rate)
@@ -166,6 +175,8 @@ class Transformer(nn.Module):
         grid_size: side of the square of codes; L = grid_size ** 2.
         dim, num_layers, num_heads: width, depth, attention heads.
         hidden_dim: of the feed-forward blocks; `swiglu_hidden_dim(dim)` is LlamaGen's.
+        num_kv_heads: heads of keys and values, a divisor of num_heads; None is one for each head, as in all published
+            models.
         init_std: standard deviation of all initial weights but the head's zeros; 0.02 is LlamaGen's, and too small
             for narrow models, which want about dim ** -0.5.
         dtype: of activations and matrix products; parameters are float32.
@@ -181,6 +192,7 @@ class Transformer(nn.Module):
     num_layers: int
     num_heads: int
     hidden_dim: int
+    num_kv_heads: int | None = None
     norm_eps: float = 1e-5
     rope_base: float = 10000.0
     init_std: float = 0.02
@@ -227,6 +239,7 @@ class Transformer(nn.Module):
         """Fields of the `Block`s of this model."""
         return {
             "num_heads": self.num_heads,
+            "num_kv_heads": self.num_kv_heads or self.num_heads,
             "hidden_dim": self.hidden_dim,
             "norm_eps": self.norm_eps,
             "init_std": self.init_std,

@@ -14,6 +14,7 @@ CHOICES = {
     "data.augmentation": ("none", "shift", "crop_flip"),
     "tokenizer.dtype": ("float32", "bfloat16"),
     "tokenizer_training.schedule": ("constant", "cosine"),
+    "codebook.assignment": ("greedy", "optimal"),
     "codes.crops": ("center", "mirror", "shifts", "ten_crop"),
     "model.dtype": ("float32", "bfloat16"),
     "training.schedule": ("constant", "cosine"),

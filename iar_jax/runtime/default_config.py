@@ -84,6 +84,7 @@ def default_config() -> ConfigDict:
     config.codebook = ConfigDict(
         {
             "cluster_size": 128,  # m; there are codebook_size / m clusters
+            "assignment": "greedy",  # greedy: the paper's algorithm; optimal: the cheapest balanced one, slower
             "max_iterations": 100,
             "num_restarts": 1,
         }

@@ -62,7 +62,8 @@ def generate(
 
 def empty_cache(module: Transformer, batch_size: int) -> list[LayerCache]:
     """Zeros for the keys and values of every layer."""
-    shape = (batch_size, module.num_tokens, module.num_heads, module.dim // module.num_heads)
+    kv_heads = module.block_fields()["num_kv_heads"]
+    shape = (batch_size, module.num_tokens, kv_heads, module.dim // module.num_heads)
     return [
         LayerCache(jnp.zeros(shape, module.dtype), jnp.zeros(shape, module.dtype)) for _ in range(module.num_layers)
     ]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iar_jax.codebook.balanced_kmeans import balanced_kmeans, means_and_inertia
+from iar_jax.codebook.balanced_kmeans import balanced_kmeans, means_and_inertia, plus_plus_seeds
 
 
 @pytest.fixture(scope="module")
@@ -48,15 +48,28 @@ def test_every_cluster_has_the_same_size(num_clusters, size, seed, kind):
     np.testing.assert_allclose(found.inertia, inertia, rtol=1e-4, atol=1e-4)
 
 
-def test_restarts_keep_the_best(small):
+@pytest.mark.parametrize("assignment", ["greedy", "optimal"])
+def test_restarts_keep_the_best(small, assignment):
     key = jax.random.key(3)
-    found = balanced_kmeans(small["vectors"], 16, key=key, num_restarts=4)
-    starts = [jax.random.permutation(k, 512)[:16] for k in jax.random.split(key, 4)]
+    vectors = jnp.asarray(small["vectors"])
+    found = balanced_kmeans(vectors, 16, key=key, num_restarts=4, assignment=assignment)
     single = [
-        float(balanced_kmeans(small["vectors"], 16, initial_centroids=small["vectors"][np.asarray(s)]).inertia)
-        for s in starts
+        float(
+            balanced_kmeans(
+                vectors, 16, initial_centroids=plus_plus_seeds(vectors, 16, k), assignment=assignment
+            ).inertia
+        )
+        for k in jax.random.split(key, 4)
     ]
     np.testing.assert_allclose(found.inertia, min(single), rtol=1e-5)
+
+
+def test_seeds_are_vectors_far_apart(small):
+    vectors = jnp.asarray(small["vectors"])
+    seeds = np.asarray(plus_plus_seeds(vectors, 16, jax.random.key(0)))
+    distances = np.square(seeds[:, None] - small["vectors"][None]).sum(axis=-1)
+    assert distances.min(axis=1).max() == 0.0
+    assert len(np.unique(seeds, axis=0)) == 16
 
 
 def test_means_are_exact_where_float32_sums_are_not():

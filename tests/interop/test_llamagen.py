@@ -9,6 +9,7 @@ from iar_jax.interop import llamagen
 from iar_jax.interop.torch_files import read_torch_file
 from iar_jax.models.rope import rope_table
 from iar_jax.runtime.errors import UserError
+from iar_jax.sampling.decoding import generate
 
 
 @pytest.fixture(scope="module")
@@ -60,14 +61,14 @@ def test_wrappers_prefixes_and_buffers_of_other_trainers_are_understood(tmp_path
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda w: w.pop("layers.1.attention.wo.weight"), r"layers\.1\.attention\.wo\.weight is missing"),
-        (lambda w: w.pop("output.weight"), r"output\.weight is missing"),
-        (lambda w: w.update({"extra": w["norm.weight"]}), "1 tensors have no place in the model, the first is extra"),
+        (lambda w: w.pop("layers.1.attention.wo.weight"), r"missing: layers\.1\.attention\.wo\.weight"),
+        (lambda w: w.pop("output.weight"), r"missing: output\.weight"),
+        (lambda w: w.update({"extra": w["norm.weight"]}), "unexpected: extra"),
         (
             lambda w: w.update({"norm.weight": np.zeros(3, "f4")}),
-            r"norm\.weight has shape \(3,\); it should be \(64,\)",
+            r"norm\.weight has shape \(3,\) and should have \(64,\)",
         ),
-        (lambda w: w.update({"freqs_cis": rope_table(5, 16)}), "freqs_cis has shape"),
+        (lambda w: w.update({"freqs_cis": rope_table(5, 16)}), "this is a model of 5 x 5 codes with heads of 16"),
         (lambda w: w.update({"freqs_cis": rope_table(4, 16) + 0.1}), "is not the rotary table of a grid of side 4"),
     ],
 )
@@ -77,6 +78,110 @@ def test_files_that_do_not_fit_are_refused_by_tensor(tmp_path, transformer_weigh
     save_file(weights, tmp_path / "a.safetensors")
     with pytest.raises(UserError, match=message):
         load(tmp_path / "a.safetensors")
+
+
+def test_everything_that_is_wrong_is_named_at_once(tmp_path, transformer_weights, tokenizer_weights):
+    weights = dict(transformer_weights)
+    for name in ("norm.weight", "layers.2.ffn_norm.weight"):
+        weights[name + "s"] = weights.pop(name)
+    save_file(weights, tmp_path / "a.safetensors")
+    with pytest.raises(UserError) as error:
+        load(tmp_path / "a.safetensors")
+    assert "missing: norm.weight, layers.2.ffn_norm.weight." in str(error.value)
+    assert "unexpected: layers.2.ffn_norm.weights, norm.weights" in str(error.value)
+    weights = dict(tokenizer_weights)
+    del weights["decoder.norm_out.bias"]
+    weights["encoder.mid.0.conv1.bias"] = np.zeros(5, "f4")
+    save_file(weights, tmp_path / "b.safetensors")
+    with pytest.raises(UserError) as error:
+        llamagen.load_tokenizer(tmp_path / "b.safetensors")
+    assert "missing: decoder.norm_out.bias" in str(error.value)
+    assert "encoder.mid.0.conv1.bias has shape (5,) and should have (64,)" in str(error.value)
+
+
+def random_transformer(num_layers, num_heads, num_kv_heads, dim, hidden_dim, num_classes, vocab_size):
+    """A LlamaGen state dict of any size, by its public names."""
+    rng = np.random.default_rng(0)
+    rows = dim + 2 * num_kv_heads * dim // num_heads
+    shapes = {"tok_embeddings.weight": (vocab_size, dim), "output.weight": (vocab_size, dim), "norm.weight": (dim,)}
+    shapes["cls_embedding.embedding_table.weight"] = (num_classes + 1, dim)
+    for i in range(num_layers):
+        for name, shape in (
+            ("attention.wqkv", (rows, dim)),
+            ("attention.wo", (dim, dim)),
+            ("feed_forward.w1", (hidden_dim, dim)),
+            ("feed_forward.w3", (hidden_dim, dim)),
+            ("feed_forward.w2", (dim, hidden_dim)),
+            ("attention_norm", (dim,)),
+            ("ffn_norm", (dim,)),
+        ):
+            shapes[f"layers.{i}.{name}.weight"] = shape
+    return {name: (0.2 * rng.standard_normal(shape)).astype("f4") for name, shape in shapes.items()}
+
+
+def numpy_logits(weights, num_heads, num_kv_heads, grid_size, label, codes):
+    """LlamaGen's forward pass for one image in float64, from its definition."""
+    w = {name: value.astype(np.float64) for name, value in weights.items()}
+    dim = w["norm.weight"].shape[0]
+    head_dim, length = dim // num_heads, len(codes)
+    x = np.concatenate([w["cls_embedding.embedding_table.weight"][[label]], w["tok_embeddings.weight"][codes[:-1]]])
+    frequencies = 10000.0 ** (-np.arange(0, head_dim // 2, 2)[: head_dim // 4] / (head_dim // 2))
+    cells = np.arange(length - 1)
+    rows, columns = np.outer(cells // grid_size, frequencies), np.outer(cells % grid_size, frequencies)
+    angles = np.concatenate([rows, columns], axis=1)
+    turn = np.concatenate([np.zeros((1, head_dim // 2)), np.exp(1j * angles)])[:, None]
+
+    def norm(x, name):
+        return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-5) * w[name]
+
+    def rotate(x):
+        turned = (x[..., ::2] + 1j * x[..., 1::2]) * turn
+        return np.stack([turned.real, turned.imag], axis=-1).reshape(x.shape)
+
+    for i in range(1 + max(int(name.split(".")[1]) for name in w if name.startswith("layers."))):
+        p = f"layers.{i}."
+        qkv = norm(x, p + "attention_norm.weight") @ w[p + "attention.wqkv.weight"].T
+        q, k, v = np.split(qkv, [dim, dim + num_kv_heads * head_dim], axis=1)
+        q = rotate(q.reshape(length, num_heads, head_dim))
+        k = rotate(k.reshape(length, num_kv_heads, head_dim)).repeat(num_heads // num_kv_heads, axis=1)
+        v = v.reshape(length, num_kv_heads, head_dim).repeat(num_heads // num_kv_heads, axis=1)
+        scores = np.einsum("lhk,shk->hls", q, k) / np.sqrt(head_dim)
+        scores = np.where(np.tril(np.ones((length, length), bool)), scores, -np.inf)
+        attention = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        attention /= attention.sum(axis=-1, keepdims=True)
+        x = x + np.einsum("hls,shk->lhk", attention, v).reshape(length, dim) @ w[p + "attention.wo.weight"].T
+        h = norm(x, p + "ffn_norm.weight")
+        gate = h @ w[p + "feed_forward.w1.weight"].T
+        hidden = gate / (1 + np.exp(-gate)) * (h @ w[p + "feed_forward.w3.weight"].T)
+        x = x + hidden @ w[p + "feed_forward.w2.weight"].T
+    return norm(x, "norm.weight") @ w["output.weight"].T
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "num_heads", "num_kv_heads", "dim", "grid_size", "num_classes"),
+    [(1, 2, 2, 16, 3, 7), (2, 4, 2, 32, 5, 3), (2, 6, 1, 48, 2, 1), (3, 8, 8, 32, 4, 100)],
+)
+def test_other_sizes_and_groups_equal_the_definition_in_float64(
+    tmp_path, num_layers, num_heads, num_kv_heads, dim, grid_size, num_classes
+):
+    weights = random_transformer(num_layers, num_heads, num_kv_heads, dim, 24, num_classes, 40)
+    save_file(weights, tmp_path / "a.safetensors")
+    module, params = load(tmp_path / "a.safetensors", num_heads=num_heads, grid_size=grid_size)
+    assert (module.num_layers, module.num_classes, module.hidden_dim) == (num_layers, num_classes, 24)
+    codes = np.random.default_rng(1).integers(0, 40, (2, grid_size**2))
+    labels = np.array([0, num_classes])  # the null class too
+    found = module.apply({"params": params}, labels, codes)
+    for row, label in enumerate(labels):
+        expected = numpy_logits(weights, num_heads, num_kv_heads, grid_size, label, codes[row])
+        np.testing.assert_allclose(found[row], expected, atol=1e-4)
+    keys = jax.random.split(jax.random.key(0), 2)
+    greedy = generate(module, params, labels, keys, cfg_scale=1.0, greedy=True)
+    again = module.apply({"params": params}, labels, greedy)
+    np.testing.assert_array_equal(np.argmax(again, axis=-1), greedy)
+    llamagen.save_transformer(params, tmp_path / "out.safetensors")
+    written = read_torch_file(tmp_path / "out.safetensors")
+    for name, value in weights.items():
+        np.testing.assert_array_equal(written[name], value, err_msg=name)
 
 
 def test_wrong_kinds_of_files_are_refused(golden):

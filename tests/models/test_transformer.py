@@ -65,7 +65,7 @@ def test_the_golden_logits_losses_and_gradients_are_reproduced(tiny):
     for ours, theirs in (
         (grads["head"].T, "grad_output_weight"),
         (grads["token_table"], "grad_tok_embeddings"),
-        (grads["layers"]["attention"]["wqkv"][0].transpose(1, 2, 3, 0).reshape(3 * dim, dim), "grad_wqkv0"),
+        (grads["layers"]["attention"]["wqkv"][0].transpose(2, 1, 3, 0).reshape(3 * dim, dim), "grad_wqkv0"),
     ):
         assert np.abs(ours - expected[theirs]).max() < 1e-4 * np.abs(expected[theirs]).max(), theirs
     norm = np.sqrt(sum(float(jnp.sum(jnp.square(g))) for g in jax.tree.leaves(grads)))
@@ -123,6 +123,20 @@ def test_class_dropout_turns_labels_into_the_null_class():
     as_null = np.abs(logits - null).max(axis=(1, 2)) < 1e-4
     assert (as_kept ^ as_null).all()
     assert 16 < as_null.sum() < 48  # 64 fair draws; outside once in 30,000
+
+
+def test_grouped_heads_are_heads_with_repeated_keys_and_values():
+    grouped = small(dim=32, num_heads=4, num_kv_heads=2)
+    params = initial(grouped)
+    wqkv = params["layers"]["attention"]["wqkv"]  # [layers, dim, 2 groups, 2 queries + key + value, 8]
+    assert wqkv.shape == (2, 32, 2, 4, 8)
+    queries = wqkv[:, :, :, :2].reshape(2, 32, 4, 1, 8)
+    keys_and_values = jnp.repeat(wqkv[:, :, :, 2:], 2, axis=2)
+    attention = params["layers"]["attention"] | {"wqkv": jnp.concatenate([queries, keys_and_values], axis=3)}
+    spread = params | {"layers": params["layers"] | {"attention": attention}}
+    labels, codes = jnp.array([0, 2]), jnp.arange(18).reshape(2, 9)
+    expected = small(dim=32, num_heads=4).apply({"params": spread}, labels, codes)
+    np.testing.assert_allclose(grouped.apply({"params": params}, labels, codes), expected, atol=2e-5)
 
 
 def test_rope_turns_rows_and_columns_and_blanks_the_class_token():
