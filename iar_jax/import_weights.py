@@ -22,6 +22,7 @@ from iar_jax.interop import llamagen
 from iar_jax.interop.torch_files import read_torch_file
 from iar_jax.models.build import load_tokenizer, load_transformer, transformer_facts
 from iar_jax.models.transformer import swiglu_hidden_dim
+from iar_jax.models.vqgan import VQModel
 from iar_jax.runtime import artifacts, checkpoint, command_line, sharding
 from iar_jax.runtime.config import grid_size
 from iar_jax.runtime.errors import UserError
@@ -80,6 +81,7 @@ def import_tokenizer(
     if reordered_path and not mapping_path:
         raise UserError("--reordered_tokenizer needs --mapping, which says where its codes come from")
     module, params = llamagen.load_tokenizer(path or reordered_path or "")
+    section = tokenizer_section(config, module, path or reordered_path or "")
     codebook = params["quantizer"]["codebook"]
     params["quantizer"] = {"codebook": codebook}  # without the buffer that counts used codes
     cluster_size = config.codebook.cluster_size
@@ -97,15 +99,8 @@ def import_tokenizer(
         else:
             check_mapping(codebook, reordered, permutation, mapping_path)
 
-    facts = {
-        name: getattr(module, name)
-        for name in ("channels", "channel_multipliers", "num_res_blocks", "z_channels", "codebook_size", "codebook_dim")
-    }
-    section = (
-        config.tokenizer.to_dict() | facts | {"patch_size": 1, "local_encoder": False, "attention": module.attention}
-    )
     directory = workdir / "tokenizer"
-    relevant = {"data": artifacts.relevant_config(config, ("data",))["data"], "tokenizer": section}
+    relevant = {"data": {"resolution": config.data.resolution}, "tokenizer": section}
     save_artifact(directory, "train_tokenizer", relevant, {}, params, {}, step=0)
     tokenizer = artifacts.require(directory, "train_tokenizer")
     say(
@@ -122,8 +117,25 @@ def import_tokenizer(
     )
     codebook_fingerprint = artifacts.fingerprint_arrays(params["quantizer"]["codebook"])
     save_permutation(directory / "permutation.npz", permutation, codebook_fingerprint)
-    figures = {"codebook_fingerprint": codebook_fingerprint, "num_clusters": len(old_to_new) // cluster_size}
+    figures = {
+        "codebook_fingerprint": codebook_fingerprint,
+        "num_clusters": len(old_to_new) // cluster_size,
+        "imported": True,
+    }
     return tokenizer, artifacts.finish(directory, permutation_fingerprint(permutation), figures)
+
+
+def tokenizer_section(config: ConfigDict, module: VQModel, path: str) -> dict[str, Any]:
+    """config.tokenizer as plain data; refuses a file that holds another tokenizer."""
+    section = config.tokenizer.to_dict()
+    for name, ours in section.items():
+        theirs = getattr(module, name)
+        if name != "dtype" and ours != theirs:
+            raise UserError(
+                f"{path}: config.tokenizer.{name} is {ours}, and the file's tokenizer has {theirs}; set "
+                f"--config.tokenizer.{name}={theirs}"
+            )
+    return section
 
 
 def read_mapping(path: str, codebook_size: int) -> np.ndarray:
@@ -193,7 +205,7 @@ def save_artifact(
     if artifacts.begin(directory, stage, config, inputs):
         raise UserError(f"{directory} is there already; give another --workdir, or delete it")
     checkpoint.save_params(directory / "checkpoints", step, params)
-    artifacts.finish(directory, artifacts.fingerprint_arrays(params), figures)
+    artifacts.finish(directory, artifacts.fingerprint_arrays(params), figures | {"imported": True})
 
 
 def export_weights(config: ConfigDict, workdir: epath.Path, path: str, what: str) -> None:

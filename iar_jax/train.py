@@ -57,10 +57,6 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     section = config.training
     mesh = sharding.make_mesh(**config.mesh)
     sharding.check_batch_size(mesh, section.batch_size, "config.training.batch_size")
-    if config.model.num_heads % mesh.shape["tensor"]:
-        raise UserError(
-            f"config.mesh.tensor is {mesh.shape['tensor']}, which does not divide the {config.model.num_heads} heads"
-        )
 
     num_classes = len(train_codes.figures["class_names"])
     source = CodeSource(codes_directory / "train", permutation, num_classes)
@@ -72,6 +68,15 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
 
     model = build_transformer(
         config.model, vocab_size=len(permutation.old_to_new), num_classes=num_classes, grid_size=grid_size
+    )
+    sharding.check_divides(
+        mesh,
+        {
+            "width of the model": (model.dim, "fsdp"),
+            "heads": (model.num_heads, "tensor"),
+            "hidden units": (model.hidden_dim, "tensor"),
+            "codes of the codebook": (model.vocab_size, "tensor"),
+        },
     )
     optimizer = make_optimizer(
         learning_rate_schedule(section.schedule, section.learning_rate, section.warmup_steps, section.num_steps),

@@ -90,6 +90,8 @@ def finished(directory: epath.Path, config: dict[str, Any], inputs: dict[str, st
     """
     found = read_metadata(directory)
     if found is not None:
+        if found.figures.get("imported"):
+            config = _restricted(config, found.config)  # how it was trained is not known, and does not matter
         check_config_unchanged(directory, found, config)
         for name, fingerprint in inputs.items():
             if found.inputs.get(name) != fingerprint:
@@ -160,6 +162,13 @@ def check_config_unchanged(directory: epath.Path, found: Metadata, config: dict[
             + "\n  ".join(differences)
             + f"\nUse another --workdir, set the old values, or delete {directory} and what was made from it."
         )
+
+
+def _restricted(config: Any, known: Any) -> Any:
+    """The parts of a config that `known` has too."""
+    if isinstance(config, dict) and isinstance(known, dict):
+        return {key: _restricted(config[key], value) for key, value in known.items() if key in config}
+    return config
 
 
 def _differences(old: Any, new: Any, field: str):

@@ -101,6 +101,15 @@ def check_batch_size(mesh: Mesh, batch_size: int, field: str) -> None:
         )
 
 
+def check_divides(mesh: Mesh, sizes: dict[str, tuple[int, str]]) -> None:
+    """Raises UserError when a mesh axis does not divide what it splits; `sizes` is {name: (size, axis)}."""
+    for name, (size, axis) in sizes.items():
+        if size % mesh.shape[axis]:
+            raise UserError(
+                f"config.mesh.{axis} is {mesh.shape[axis]}, and {size} {name} divided by it leave {size % mesh.shape[axis]}"
+            )
+
+
 def initialise_sharded(init: Callable[..., Any], mesh: Mesh, *args: Any) -> tuple[Any, Any]:
     """Runs `init(*args)` so that every leaf is born on its devices, and returns (tree, shardings), unboxed.
 

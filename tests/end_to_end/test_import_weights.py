@@ -23,7 +23,9 @@ CONFIG = "configs/imagenet.py:B,256"
 # The golden tokenizer: 32 pixels, 16 x 16 of 256 codes; and a small transformer for it.
 OPTIONS = [
     "--config.data.resolution=32",
+    "--config.tokenizer.channels=32",
     "--config.tokenizer.channel_multipliers=(1,2)",
+    "--config.tokenizer.z_channels=32",
     "--config.tokenizer.codebook_size=256",
     "--config.codebook.cluster_size=32",
     "--config.codes.crops=mirror",
@@ -199,6 +201,10 @@ def test_a_wrong_mapping_is_refused_with_the_first_offending_id(files, tmp_path,
             "config.model.num_layers is 3, and the file's model has 2",
         ),
         (["--tokenizer={files}/vq.safetensors", "--mapping={files}/vq.safetensors"], "holds no mapping of 256 ids"),
+        (
+            ["--tokenizer={files}/vq.safetensors", "--config.tokenizer.z_channels=64"],
+            "config.tokenizer.z_channels is 64, and the file's tokenizer has 32; set --config.tokenizer.z_channels=32",
+        ),
         (["--export={files}/x.bin"], "is not there; run python -m iar_jax.train first"),
     ],
 )
@@ -214,3 +220,21 @@ def test_a_second_import_does_not_overwrite_the_first(files, imported, tmp_path)
     done = importing(files, tmp_path / "copy", f"--tokenizer={files / 'vq.safetensors'}", check=False)
     assert "is there already" in done.stderr
     assert done.returncode == 2
+
+
+def test_the_pipeline_goes_on_from_imported_weights(imported, tmp_path):
+    shutil.copytree(imported, tmp_path / "run")
+    for name in "abcde":
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (33, 40), (50 * i, 80, 10)).save(tmp_path / "images" / name / f"{i}.png")
+    data = f"--config.data.source=folder:{tmp_path / 'images'}"
+    small = ["--config.evaluation.classifier_steps=3", "--config.evaluation.classifier_batch_size=4"]
+    output = call("pipeline", tmp_path / "run", *OPTIONS, *small, data, config=CONFIG).stdout
+    for stage in ("train_tokenizer", "rearrange_codebook", "train"):
+        assert f"{stage}: done" in output
+    assert (tmp_path / "run" / "evaluation" / "report.html").exists()
+    other = call(
+        "train_tokenizer", tmp_path / "run", *OPTIONS, "--config.tokenizer.z_channels=64", config=CONFIG, check=False
+    )
+    assert "config.tokenizer.z_channels was 32, now 64" in other.stderr

@@ -71,6 +71,13 @@ def test_initial_values_do_not_depend_on_the_mesh():
     jax.tree.map(np.testing.assert_array_equal, *states)
 
 
+def test_sizes_that_an_axis_does_not_divide_are_refused():
+    mesh = sharding.make_mesh(2, 1, 4)
+    sharding.check_divides(mesh, {"heads": (12, "tensor"), "width": (7, "fsdp")})
+    with pytest.raises(UserError, match=r"config\.mesh\.tensor is 4, and 6 heads divided by it leave 2"):
+        sharding.check_divides(mesh, {"heads": (6, "tensor")})
+
+
 def test_batches_are_split_over_data_and_fsdp():
     mesh = sharding.make_mesh(2, 2, 2)
     batch = sharding.global_batch(mesh, {"x": np.arange(8)})
