@@ -106,7 +106,8 @@ def check_divides(mesh: Mesh, sizes: dict[str, tuple[int, str]]) -> None:
     for name, (size, axis) in sizes.items():
         if size % mesh.shape[axis]:
             raise UserError(
-                f"config.mesh.{axis} is {mesh.shape[axis]}, and {size} {name} divided by it leave {size % mesh.shape[axis]}"
+                f"config.mesh.{axis} is {mesh.shape[axis]}, and {size} {name} divided by it leave "
+                f"{size % mesh.shape[axis]}"
             )
 
 
