@@ -129,7 +129,7 @@ def curves(metrics: list[dict[str, Any]], names: Sequence[str], title: str, capt
     if not axes.lines:
         plt.close(fig)
         return None
-    axes.legend(fontsize=8, frameon=False)
+    fig.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     return _finish(fig, axes, caption)
 
 
