@@ -91,7 +91,9 @@ def finished(directory: epath.Path, config: dict[str, Any], inputs: dict[str, st
     found = read_metadata(directory)
     if found is not None:
         if found.figures.get("imported"):
-            config = _restricted(config, found.config)  # how it was trained is not known, and does not matter
+            # How and on what it was trained is not known, and does not matter.
+            config = _restricted(config, found.config)
+            inputs = {name: fingerprint for name, fingerprint in inputs.items() if name in found.inputs}
         check_config_unchanged(directory, found, config)
         for name, fingerprint in inputs.items():
             if found.inputs.get(name) != fingerprint:
