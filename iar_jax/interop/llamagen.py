@@ -19,8 +19,10 @@ from iar_jax.runtime.errors import UserError
 
 StateDict = dict[str, np.ndarray]
 
-# Where trainers put the weights: EMA first, as LlamaGen's own tools prefer the averaged weights where there are some.
-STATE_DICT_KEYS = ("ema", "model", "module", "state_dict")
+# Where trainers put the weights, in the order in which LlamaGen's own programs look: its sampling takes a transformer's
+# plain weights also where averaged ones are beside them, its reconstruction a tokenizer's averaged ones.
+TRANSFORMER_KEYS = ("model", "module", "state_dict", "ema")
+TOKENIZER_KEYS = ("ema", "model", "module", "state_dict")
 
 # Tensors that are no weights.
 BUFFERS = ("freqs_cis", "causal_mask")
@@ -42,7 +44,7 @@ def load_transformer(path: str | Path, *, num_heads: int, grid_size: int, **over
         UserError: the file is no such transformer, or does not fit num_heads and grid_size; all tensors that are
             missing, unexpected or of another shape are named.
     """
-    weights = read_state_dict(path)
+    weights = read_state_dict(path, TRANSFORMER_KEYS)
     for name, ndim in (("tok_embeddings.weight", 2), ("cls_embedding.embedding_table.weight", 2)):
         _require(weights, path, name, ndim, "LlamaGen transformer")
     vocab_size, dim = weights["tok_embeddings.weight"].shape
@@ -177,7 +179,7 @@ def load_tokenizer(path: str | Path, **overrides: Any) -> tuple[VQModel, Any]:
     Raises:
         UserError: the file is no such tokenizer.
     """
-    weights = read_state_dict(path)
+    weights = read_state_dict(path, TOKENIZER_KEYS)
     for name, ndim in (
         ("encoder.conv_in.weight", 4),
         ("encoder.conv_out.weight", 4),
@@ -259,8 +261,8 @@ def save_tokenizer(params: Any, path: str | Path) -> None:
     write_torch_file(_contiguous(weights), path)
 
 
-def read_state_dict(path: str | Path) -> StateDict:
-    """The weights in a file of any form that LlamaGen's and IAR's trainers write.
+def read_state_dict(path: str | Path, keys: tuple[str, ...]) -> StateDict:
+    """The weights in a file of any form that LlamaGen's and IAR's trainers write; the first of `keys` that is there.
 
     DDP {"model": ...}, {"ema": ...}, FSDP's flat dict, DeepSpeed's {"module": ...}, {"state_dict": ...}; prefixes
     "module." and "_orig_mod." of wrapped models are dropped.
@@ -268,7 +270,7 @@ def read_state_dict(path: str | Path) -> StateDict:
     content = read_torch_file(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dict of weights")
-    for key in STATE_DICT_KEYS:
+    for key in keys:
         if isinstance(content.get(key), dict) and content[key]:
             content = content[key]
             break
@@ -278,7 +280,7 @@ def read_state_dict(path: str | Path) -> StateDict:
         if isinstance(value, np.ndarray)
     }
     if not weights:
-        raise UserError(f"{path}: no tensors found, at the top or under one of {', '.join(STATE_DICT_KEYS)}")
+        raise UserError(f"{path}: no tensors found, at the top or under one of {', '.join(keys)}")
     return weights
 
 

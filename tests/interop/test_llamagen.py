@@ -58,6 +58,35 @@ def test_wrappers_prefixes_and_buffers_of_other_trainers_are_understood(tmp_path
     jax.tree.map(np.testing.assert_array_equal, load(tmp_path / "a.safetensors")[1], expected)
 
 
+def forms(plain, averaged):
+    """The forms that LlamaGen's trainers write, by trainer."""
+    return {
+        "DDP": {"model": plain, "optimizer": {"lr": 1}, "steps": 3},
+        "DDP with an average": {"model": plain, "ema": averaged},
+        "average alone": {"ema": plain},
+        "FSDP": plain,
+        "DeepSpeed": {"module": plain},
+        "state_dict": {"state_dict": plain},
+    }
+
+
+@pytest.mark.parametrize("form", forms({}, {}))
+def test_all_forms_of_files_are_understood(monkeypatch, golden, transformer_weights, tokenizer_weights, form):
+    _, expected = load(golden("gpt_tiny.pt"))
+    averaged = {name: value + 1 for name, value in transformer_weights.items()}
+    content = forms(transformer_weights, averaged)[form]
+    monkeypatch.setattr(llamagen, "read_torch_file", lambda _: content)
+    jax.tree.map(np.testing.assert_array_equal, load("file.pt")[1], expected)
+    monkeypatch.undo()
+    _, expected = llamagen.load_tokenizer(golden("vq_tiny.pt"))
+    # LlamaGen's programs take a tokenizer's average where there is one.
+    plain = {name: value + 1 for name, value in tokenizer_weights.items()}
+    has_both = form == "DDP with an average"
+    content = forms(plain, tokenizer_weights)[form] if has_both else forms(tokenizer_weights, {})[form]
+    monkeypatch.setattr(llamagen, "read_torch_file", lambda _: content)
+    jax.tree.map(np.testing.assert_array_equal, llamagen.load_tokenizer("file.pt")[1], expected)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
