@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Key
 
+from iar_jax.codebook.balanced_kmeans import plus_plus_seeds
 from iar_jax.losses import tokenizer_losses
 from iar_jax.models.discriminator import PatchDiscriminator
 from iar_jax.models.quantizer import nearest_codes, normalize
@@ -160,18 +161,10 @@ def seed_codebook(
 ) -> TokenizerState:
     """Replaces the codebook by encoder outputs picked as k-means++ picks its centres.
 
-    Each next code is drawn with probability proportional to the squared distance to those already there, so that
-    rare outputs get codes and duplicates of a common one do not.
+    So rare outputs get codes, and duplicates of a common one do not.
     """
     vectors = normalize(model.apply({"params": state.params}, images, method="features"))
-    vectors = vectors.reshape(-1, vectors.shape[-1])
-
-    def pick(distance, step_key):
-        chosen = vectors[jax.random.categorical(step_key, jnp.log(distance))]
-        return jnp.minimum(distance, jnp.sum(jnp.square(vectors - chosen), axis=-1)), chosen
-
-    keys = jax.random.split(key, model.codebook_size)
-    _, codebook = jax.lax.scan(pick, jnp.ones(vectors.shape[0]), keys)
+    codebook = plus_plus_seeds(vectors.reshape(-1, vectors.shape[-1]), model.codebook_size, key)
     return dataclasses.replace(
         state,
         params=with_codebook(state.params, codebook),

@@ -116,9 +116,7 @@ def test_the_metrics_are_there_line_by_line(finished):
 
 def test_a_finished_run_says_so_and_changes_nothing(finished):
     before = {p: p.stat().st_mtime_ns for p in finished.path.rglob("*") if p.is_file() and p.name != "config.json"}
-    start = time.monotonic()
     output = call("pipeline", finished.path, *TINY).stdout
-    assert time.monotonic() - start < 30
     for stage in ("train_tokenizer", "rearrange_codebook", "extract_codes", "train", "sample", "evaluate"):
         assert f"{stage}: done" in output
     after = {p: p.stat().st_mtime_ns for p in finished.path.rglob("*") if p.is_file() and p.name != "config.json"}
