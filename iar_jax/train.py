@@ -22,7 +22,7 @@ from iar_jax.runtime.errors import UserError
 from iar_jax.runtime.progress import say
 from iar_jax.training import transformer_steps
 from iar_jax.training.loop import TrainingRun
-from iar_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from iar_jax.training.optimizer import optimizer_of
 from iar_jax.training.state import TrainState
 
 
@@ -78,13 +78,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
             "codes of the codebook": (model.vocab_size, "tensor"),
         },
     )
-    optimizer = make_optimizer(
-        learning_rate_schedule(section.schedule, section.learning_rate, section.warmup_steps, section.num_steps),
-        b1=section.b1,
-        b2=section.b2,
-        weight_decay=section.weight_decay,
-        clip_norm=section.clip_norm,
-    )
+    optimizer = optimizer_of(section)
     key = jax.random.key(config.seed)
     train_step = transformer_steps.make_train_step(
         model,

@@ -20,7 +20,7 @@ from iar_jax.runtime import artifacts, checkpoint, command_line, sharding
 from iar_jax.runtime.progress import say
 from iar_jax.training import tokenizer_steps
 from iar_jax.training.loop import TrainingRun
-from iar_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from iar_jax.training.optimizer import optimizer_of
 from iar_jax.training.state import TokenizerState
 
 SECTIONS = ("seed", "data", "tokenizer", "tokenizer_training")
@@ -46,13 +46,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     perceptual_distance = None
     if section.perceptual_weight > 0.0:
         perceptual_distance = load_lpips(section.vgg_weights, section.lpips_weights)
-    optimizer = make_optimizer(
-        learning_rate_schedule(section.schedule, section.learning_rate, section.warmup_steps, section.num_steps),
-        b1=section.b1,
-        b2=section.b2,
-        weight_decay=section.weight_decay,
-        clip_norm=section.clip_norm,
-    )
+    optimizer = optimizer_of(section)
     key = jax.random.key(config.seed)
     init = functools.partial(
         tokenizer_steps.init_tokenizer_state,

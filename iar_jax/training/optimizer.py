@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import optax
+from ml_collections import ConfigDict
 
 
 def decay_mask(params: Any) -> Any:
@@ -35,4 +36,15 @@ def make_optimizer(
     return optax.chain(
         optax.clip_by_global_norm(clip_norm),
         optax.adamw(learning_rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=decay_mask),
+    )
+
+
+def optimizer_of(section: ConfigDict) -> optax.GradientTransformation:
+    """The optimizer that config.training or config.tokenizer_training describes."""
+    return make_optimizer(
+        learning_rate_schedule(section.schedule, section.learning_rate, section.warmup_steps, section.num_steps),
+        b1=section.b1,
+        b2=section.b2,
+        weight_decay=section.weight_decay,
+        clip_norm=section.clip_norm,
     )
