@@ -58,8 +58,12 @@ class Checkpoints:
     def restore_latest(self, abstract_state: Any) -> tuple[Any, dict[str, int | float]] | None:
         """State and info of the latest checkpoint that can be read; None where there is none.
 
-        A damaged one is named, passed over and removed.
+        A damaged one is named, passed over, and removed once one before it has been read.
+
+        Raises:
+            UserError: there are checkpoints and none can be read; all are left as they are.
         """
+        damaged: list[int] = []
         for step in sorted(self.manager.all_steps(), reverse=True):
             try:
                 restored = self.manager.restore(
@@ -76,9 +80,16 @@ class Checkpoints:
                     f"WARNING: the checkpoint of step {step} in {self.directory} cannot be read ({reason}); "
                     "falling back to the one before it"
                 )
-                self.manager.delete(step)
+                damaged.append(step)
                 continue
+            for later in damaged:
+                self.manager.delete(later)
             return dataclasses.replace(restored["state"], ema_params=restored["ema_params"]), restored["info"]
+        if damaged:
+            raise UserError(
+                f"{self.directory}: none of the checkpoints of steps {sorted(damaged)} can be read; they are left as "
+                "they are. Delete the directory to start over"
+            )
         return None
 
 

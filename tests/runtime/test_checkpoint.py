@@ -73,6 +73,16 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(tmp_path,
     assert "WARNING: the checkpoint of step 2" in capsys.readouterr().out
 
 
+def test_checkpoints_that_cannot_be_read_are_never_all_removed(tmp_path, mesh):
+    directory = epath.Path(tmp_path) / "checkpoints"
+    save(directory, (1, 2))
+    other = dataclasses.replace(make_state(0), params={"another": jnp.zeros(3)})
+    with checkpoint.Checkpoints(directory, keep=2) as checkpoints:
+        with pytest.raises(UserError, match=r"none of the checkpoints of steps \[1, 2\] can be read"):
+            checkpoints.restore_latest(abstract(other, mesh))
+        assert checkpoints.manager.all_steps() == [1, 2]
+
+
 def list_files(directory):
     for entry in directory.iterdir():
         if entry.is_dir():
