@@ -80,6 +80,7 @@ def get_config(arg: str = "B,256") -> ConfigDict:
     config.codes.crop_ranges = (1.1, 1.05)  # both were used for LlamaGen (its issue 14)
 
     config.codebook.cluster_size = 128  # IAR's default: 128 clusters of 128
+    config.codebook.assignment = "greedy"
     config.codebook.max_iterations = 100
 
     model = config.model

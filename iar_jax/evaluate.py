@@ -1,6 +1,9 @@
 """Stage 6: samples + reference images -> metrics and the report.
 
     python -m iar_jax.evaluate --config=configs/mnist.py --workdir=runs/mnist
+    python -m iar_jax.evaluate --config=configs/mnist.py --workdir=runs/mnist --what=code_distance
+
+The second form measures what a wrong code costs: only the tokenizer and its clusters are needed.
 
 `config.evaluation.features=classifier` needs no weights from elsewhere: a small network is trained on the real
 images first, and its last hidden layer is what distances are taken in. Such figures compare runs on one data set
@@ -15,14 +18,17 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import flags
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from iar_jax.codebook.code_distance import change, first_visible_rank, num_decodings, substitution_study
 from iar_jax.data import loader, pictures, preprocessing
 from iar_jax.data.codes import read_permutation
 from iar_jax.data.images import ImageDataset, ImageSource, open_images
-from iar_jax.evaluation import features, frechet, precision_recall, report
+from iar_jax.evaluation import code_distance_report, features, frechet, precision_recall, report
+from iar_jax.interop.lpips import load_lpips
 from iar_jax.models.build import load_tokenizer
 from iar_jax.models.classifier import Classifier
 from iar_jax.models.quantizer import normalize
@@ -153,6 +159,85 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     announce(content, samples_directory, directory, name)
 
 
+def run_code_distance(config: ConfigDict, workdir: epath.Path) -> None:
+    """Replaces codes of val images by others, and leaves report.html, pictures.png and figures.json in
+    workdir/code_distance."""
+    directory = workdir / "code_distance"
+    tokenizer_directory = artifacts.input_directory(config, workdir, "tokenizer", "tokenizer")
+    codebook_directory = artifacts.input_directory(config, workdir, "codebook", "codebook")
+    model, params, tokenizer = load_tokenizer(tokenizer_directory, sharding.make_mesh(**config.mesh))
+    permutation = read_permutation(codebook_directory, tokenizer, tokenizer_directory)
+    images = open_images(config.data)
+    count = min(config.evaluation.code_distance_images, len(images.val))
+    originals = np.stack([images.val[i]["image"] for i in range(count)])
+
+    batch_size = min(config.evaluation.batch_size, count)
+    encode = jax.jit(lambda batch: model.apply({"params": params}, batch, method="encode"))
+    decode = jax.jit(lambda codes: model.apply({"params": params}, codes, method="decode_codes"))
+    perceptual_distance = None
+    weights = config.tokenizer_training
+    if weights.vgg_weights and weights.lpips_weights:
+        lpips = jax.jit(load_lpips(weights.vgg_weights, weights.lpips_weights))
+
+        def perceptual_distance(first, second):
+            pairs = zip(
+                in_batches(preprocessing.to_unit_range, first, batch_size),
+                in_batches(preprocessing.to_unit_range, second, batch_size),
+                strict=True,
+            )
+            return float(np.mean(np.concatenate([np.ravel(lpips(a, b)) for a, b in pairs])))
+
+    with progress("replacing codes", count * num_decodings(model.codebook_size), "pictures") as shown:
+
+        def decoded(codes):
+            found = [preprocessing.to_uint8(part) for part in in_batches(decode, codes, batch_size)]
+            shown.update(count)
+            return np.concatenate(found)[:count]
+
+        codes = np.concatenate(
+            [
+                np.asarray(part)
+                for part in in_batches(lambda x: encode(preprocessing.to_unit_range(x)), originals, batch_size)
+            ]
+        )[:count]
+        reconstructions = decoded(codes)
+        codebook = np.asarray(normalize(params["quantizer"]["codebook"]))
+        rng = np.random.default_rng(config.seed)
+        substitutions = substitution_study(codes, codebook, permutation, decoded, perceptual_distance, rng)
+    own_error = change(originals, reconstructions, perceptual_distance)
+    visible = first_visible_rank(substitutions, own_error)
+
+    directory.mkdir(parents=True, exist_ok=True)
+    table = code_distance_report.figures_table(substitutions, own_error)
+    figures = {
+        "images": count,
+        "first_visible_rank": visible,
+        "tokenizer": own_error._asdict(),
+        "substitutions": [{"rank": s.rank, "title": s.title, **s.change._asdict()} for s in substitutions],
+    }
+    title = f"Code distance on {images.name}"
+    page = code_distance_report.page(title, originals, reconstructions, substitutions, own_error, visible)
+    grid, rows = code_distance_report.picture(originals, reconstructions, substitutions)
+    pictures.write_png(directory / "pictures.png", grid)
+    artifacts.write_bytes(directory / "figures.json", (json.dumps(figures, indent=2) + "\n").encode())
+    artifacts.write_bytes(directory / "report.html", page.encode())
+    say(f"{table.head[0]:32}" + "".join(f"{cell:>10}" for cell in table.head[1:]))
+    for row in table.rows:
+        say(f"{row[0]:32}" + "".join(f"{cell:>10}" for cell in row[1:]))
+    say(code_distance_report.verdict(visible, substitutions, own_error))
+    say(f"pictures  {directory / 'pictures.png'} (from the top: {'; '.join(rows)})")
+    say(f"report    {directory / 'report.html'}")
+
+
+def in_batches(function, array: np.ndarray, batch_size: int) -> list:
+    """function on batches of one shape; the last is filled up with copies of its last entry."""
+    found = []
+    for start in range(0, len(array), batch_size):
+        batch = array[start : start + batch_size]
+        found.append(function(np.concatenate([batch, np.repeat(batch[-1:], batch_size - len(batch), axis=0)])))
+    return found
+
+
 def trained_classifier(
     config: ConfigDict, directory: epath.Path, images: ImageDataset, mesh: Mesh
 ) -> tuple[Classifier, Any, float]:
@@ -244,14 +329,10 @@ def reconstruct(model, params, images: np.ndarray, batch_size: int) -> tuple[np.
         reconstructions, quantized = model.apply({"params": params}, batch)
         return reconstructions, quantized.codes
 
-    pictures_after, counts = [], np.zeros(model.codebook_size)
-    for start in range(0, len(images), batch_size):
-        batch = images[start : start + batch_size]
-        filled = np.concatenate([batch, np.repeat(batch[-1:], batch_size - len(batch), axis=0)])
-        found, codes = apply(params, preprocessing.to_unit_range(filled))
-        pictures_after.append(preprocessing.to_uint8(found)[: len(batch)])
-        counts += np.bincount(np.asarray(codes)[: len(batch)].ravel(), minlength=model.codebook_size)
-    return np.concatenate(pictures_after), counts
+    found = in_batches(lambda batch: apply(params, preprocessing.to_unit_range(batch)), images, batch_size)
+    pictures_after = np.concatenate([preprocessing.to_uint8(reconstructed) for reconstructed, _ in found])
+    codes = np.concatenate([np.asarray(codes) for _, codes in found])[: len(images)]
+    return pictures_after[: len(images)], np.bincount(codes.ravel(), minlength=model.codebook_size)
 
 
 def cards(content: dict[str, Any], tokenizer: dict[str, Any], usage: float) -> list[tuple[str, str]]:
@@ -341,5 +422,10 @@ def announce(content: dict[str, Any], samples_directory: epath.Path, directory: 
     say(f"report            {directory / 'report.html'}")
 
 
+def run_chosen(config: ConfigDict, workdir: epath.Path) -> None:
+    {"scores": run, "code_distance": run_code_distance}[flags.FLAGS.what](config, workdir)
+
+
 if __name__ == "__main__":
-    command_line.main(run)
+    flags.DEFINE_enum("what", "scores", ("scores", "code_distance"), "What is measured.")
+    command_line.main(run_chosen)

@@ -4,6 +4,8 @@
         --tokenizer=vq_ds16_c2i.pt --transformer=c2i_B_256.pt
     python -m iar_jax.import_weights --config=configs/imagenet.py:B,384 --workdir=runs/iar \\
         --tokenizer=vq_ds16_c2i.pt --mapping=mapping.pt --reordered_tokenizer=vq_reordered.pt --transformer=iar_B.pt
+    python -m iar_jax.import_weights --config=configs/imagenet.py:B,256 --workdir=runs/rearranged \\
+        --tokenizer=vq_ds16_c2i.pt --transformer=c2i_B_256.pt --rearrange
     python -m iar_jax.import_weights --config=configs/imagenet.py:B,256 --workdir=runs/mine \\
         --export=transformer.safetensors --what=transformer
 """
@@ -16,6 +18,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
+from iar_jax import rearrange_codebook
 from iar_jax.codebook.permutation import Permutation, save_permutation
 from iar_jax.data.codes import permutation_fingerprint, read_permutation
 from iar_jax.interop import llamagen
@@ -50,6 +53,12 @@ def define_flags() -> None:
         "mapping", None, "IAR's mapping of original to rearranged ids; without it ids stay as they are."
     )
     flags.DEFINE_string("transformer", None, "LlamaGen or IAR transformer.")
+    flags.DEFINE_boolean(
+        "rearrange",
+        False,
+        "Cluster the codebook as rearrange_codebook does, and turn the transformer, whose ids are the original ones, "
+        "into one of rearranged ids, without training.",
+    )
     flags.DEFINE_string("export", None, "File to write: .safetensors, or .pt where PyTorch is installed.")
     flags.DEFINE_enum("what", "transformer", EXPORTS, "What --export writes.")
 
@@ -62,18 +71,26 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     source = options.tokenizer or options.reordered_tokenizer
     if not source:
         raise UserError("give --tokenizer=FILE (or --reordered_tokenizer=FILE with --mapping=FILE), or --export=FILE")
+    if options.rearrange and (options.mapping or options.reordered_tokenizer):
+        raise UserError("give --rearrange, or IAR's --mapping and --reordered_tokenizer, not both")
     tokenizer, permutation = import_tokenizer(
         config, workdir, options.tokenizer, options.reordered_tokenizer, options.mapping
     )
+    if options.rearrange:
+        rearrange_codebook.run(config, workdir)
+    else:
+        import_permutation(config, workdir, tokenizer, permutation)
     if options.transformer:
-        import_transformer(config, workdir, options.transformer, tokenizer, permutation)
+        converted_by = read_permutation(workdir / "codebook", tokenizer, workdir / "tokenizer")
+        import_transformer(config, workdir, options.transformer, tokenizer, converted_by if options.rearrange else None)
     return None
 
 
 def import_tokenizer(
     config: ConfigDict, workdir: epath.Path, path: str | None, reordered_path: str | None, mapping_path: str | None
-) -> tuple[artifacts.Metadata, artifacts.Metadata]:
-    """Writes workdir/tokenizer, with the codebook in the original order, and workdir/codebook; returns their metadata.
+) -> tuple[artifacts.Metadata, Permutation]:
+    """Writes workdir/tokenizer, with the codebook in the original order; returns its metadata, and the mapping's
+    permutation (of ids as they are where there is no mapping).
 
     Raises:
         UserError: the mapping is no permutation, or does not turn the one codebook into the other.
@@ -101,13 +118,20 @@ def import_tokenizer(
 
     directory = workdir / "tokenizer"
     relevant = {"data": {"resolution": config.data.resolution}, "tokenizer": section}
-    save_artifact(directory, "train_tokenizer", relevant, {}, params, {}, step=0)
+    figures = {"codebook_fingerprint": artifacts.fingerprint_arrays(params["quantizer"]["codebook"])}
+    save_artifact(directory, "train_tokenizer", relevant, {}, params, figures, step=0)
     tokenizer = artifacts.require(directory, "train_tokenizer")
     say(
         f"import_weights: tokenizer with {module.codebook_size} codes of {module.downsampling} x {module.downsampling} "
         f"pixels, in {directory}"
     )
+    return tokenizer, permutation
 
+
+def import_permutation(
+    config: ConfigDict, workdir: epath.Path, tokenizer: artifacts.Metadata, permutation: Permutation
+) -> None:
+    """Writes workdir/codebook."""
     directory = workdir / "codebook"
     artifacts.begin(
         directory,
@@ -115,14 +139,14 @@ def import_tokenizer(
         artifacts.relevant_config(config, ("codebook",)),
         {"tokenizer": tokenizer.fingerprint},
     )
-    codebook_fingerprint = artifacts.fingerprint_arrays(params["quantizer"]["codebook"])
+    codebook_fingerprint = tokenizer.figures["codebook_fingerprint"]
     save_permutation(directory / "permutation.npz", permutation, codebook_fingerprint)
     figures = {
         "codebook_fingerprint": codebook_fingerprint,
-        "num_clusters": len(old_to_new) // cluster_size,
+        "num_clusters": len(permutation.old_to_new) // permutation.cluster_size,
         "imported": True,
     }
-    return tokenizer, artifacts.finish(directory, permutation_fingerprint(permutation), figures)
+    artifacts.finish(directory, permutation_fingerprint(permutation), figures)
 
 
 def tokenizer_section(config: ConfigDict, module: VQModel, path: str) -> dict[str, Any]:
@@ -164,9 +188,13 @@ def check_mapping(codebook: np.ndarray, reordered: np.ndarray, permutation: Perm
 
 
 def import_transformer(
-    config: ConfigDict, workdir: epath.Path, path: str, tokenizer: artifacts.Metadata, codebook: artifacts.Metadata
+    config: ConfigDict,
+    workdir: epath.Path,
+    path: str,
+    tokenizer: artifacts.Metadata,
+    converted_by: Permutation | None,
 ) -> None:
-    """Writes workdir/train; the model in the file must be the config's."""
+    """Writes workdir/train; the model in the file must be the config's. A permutation converts it to rearranged ids."""
     directory = workdir / "train"
     module, params = llamagen.load_transformer(path, num_heads=config.model.num_heads, grid_size=grid_size(config))
     wanted = {
@@ -180,6 +208,9 @@ def import_transformer(
             name = LLAMAGEN_SIZES.get((module.num_layers, module.dim))
             hint = f"it looks like LlamaGen's {name}" if name else "give the config of that model"
             raise UserError(f"{path}: {field} is {ours}, and the file's model has {theirs}; {hint}")
+    if converted_by:
+        params = converted_by.rearrange_transformer(params)
+    codebook = artifacts.require(workdir / "codebook", "rearrange_codebook")
     inputs = {"tokenizer": tokenizer.fingerprint, "codebook": codebook.fingerprint}
     figures = {
         "facts": transformer_facts(module),
@@ -225,7 +256,7 @@ def export_weights(config: ConfigDict, workdir: epath.Path, path: str, what: str
         if what == "rearranged_tokenizer":
             codebook_directory = artifacts.input_directory(config, workdir, "codebook", "codebook")
             permutation = read_permutation(codebook_directory, tokenizer, directory)
-            rearranged = params["quantizer"]["codebook"][permutation.new_to_old]
+            rearranged = permutation.rearrange_codebook(params["quantizer"]["codebook"])
             params = params | {"quantizer": {"codebook": rearranged}}
         # LlamaGen's network counts used codes in a buffer that its strict loading asks for.
         params["quantizer"]["codebook_used"] = np.zeros(65536, np.float32)

@@ -3,16 +3,18 @@
 python -m iar_jax.rearrange_codebook --config=configs/mnist.py --workdir=runs/mnist
 """
 
+import io
 import time
 
 import jax
-import jax.numpy as jnp
+import matplotlib
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from iar_jax.codebook.balanced_kmeans import balanced_kmeans
-from iar_jax.codebook.ordering import order_by_cluster
+from iar_jax.codebook.balanced_kmeans import balanced_kmeans, unconstrained_inertia
+from iar_jax.codebook.code_distance import neighbours_in_own_cluster
+from iar_jax.codebook.ordering import order_along_path, order_by_cluster, path_length, spanning_tree_length
 from iar_jax.codebook.permutation import Permutation, save_permutation
 from iar_jax.data import pictures, preprocessing
 from iar_jax.data.codes import permutation_fingerprint
@@ -22,12 +24,17 @@ from iar_jax.runtime import artifacts, command_line, sharding
 from iar_jax.runtime.errors import UserError
 from iar_jax.runtime.progress import say
 
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
 CLUSTERS_SHOWN = 16
 MEMBERS_SHOWN = 32
+NEIGHBOURS = 10
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> None:
-    """Clusters the tokenizer's normalised codes and leaves permutation.npz and clusters.png in workdir/codebook."""
+    """Clusters the tokenizer's normalised codes and leaves permutation.npz, clusters.png and
+    distances.png in workdir/codebook."""
     directory = workdir / "codebook"
     tokenizer_directory = artifacts.input_directory(config, workdir, "tokenizer", "tokenizer")
     tokenizer = artifacts.require(tokenizer_directory, "train_tokenizer")
@@ -45,7 +52,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
             f"{tokenizer_directory}"
         )
 
-    codebook = normalize(params["quantizer"]["codebook"])
+    codebook = np.asarray(normalize(params["quantizer"]["codebook"]))
     clustering = balanced_kmeans(
         codebook,
         model.codebook_size // cluster_size,
@@ -54,7 +61,8 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         max_iterations=config.codebook.max_iterations,
         num_restarts=config.codebook.num_restarts,
     )
-    order = order_by_cluster(np.asarray(codebook), np.asarray(clustering.assignment))
+    ordered = {"chain": order_by_cluster, "path": order_along_path}[config.codebook.order]
+    order = ordered(codebook, np.asarray(clustering.assignment))
     permutation = Permutation.from_order(order, cluster_size)
 
     codebook_fingerprint = artifacts.fingerprint_arrays(params["quantizer"]["codebook"])
@@ -64,10 +72,21 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     scale = max(1, 24 // shown.shape[2])
     picture = pictures.image_grid(shown.reshape(-1, *shown.shape[2:]), columns=shown.shape[1], scale=scale)
     pictures.write_png(directory / "clusters.png", picture)
-    total = float(jnp.sum(jnp.square(codebook - codebook.mean(axis=0))))
+    within, among_all = distances_within(codebook, order, cluster_size), distances_among_all(codebook)
+    artifacts.write_bytes(directory / "distances.png", distance_histogram(within, among_all))
+    total = float(np.sum(np.square(codebook - codebook.mean(axis=0))))
+    unconstrained = float(unconstrained_inertia(codebook, clustering.centroids))
     figures = {
         "inertia": float(clustering.inertia),
+        "gap": None if config.codebook.assignment == "greedy" else float(clustering.gap),
+        "unconstrained_inertia": unconstrained,
         "inertia_of_one_cluster": total,
+        "mean_distance_within": float(np.mean(within)),
+        "mean_distance_among_all": float(np.mean(among_all)),
+        "neighbours_in_own_cluster": neighbours_in_own_cluster(codebook, permutation.cluster_of_old, NEIGHBOURS),
+        "path_length": path_length(codebook, order),
+        "path_length_before": path_length(codebook, np.arange(len(order))),
+        "spanning_tree_length": spanning_tree_length(codebook),
         "num_clusters": model.codebook_size // cluster_size,
         "num_iterations": int(clustering.num_iterations),
         "converged": bool(clustering.converged),
@@ -77,9 +96,46 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     artifacts.finish(directory, permutation_fingerprint(permutation), figures)
     say(
         f"rearrange_codebook: {figures['num_clusters']} clusters of {cluster_size}, within-cluster squared error "
-        f"{figures['inertia']:.1f} ({figures['inertia'] / total:.0%} of one cluster's), "
-        f"{figures['num_iterations']} iterations; pictures in {directory / 'clusters.png'}"
+        f"{figures['inertia']:.1f}: {figures['inertia'] / total:.0%} of one cluster's, and "
+        f"{figures['inertia'] / unconstrained - 1.0:+.2%} to k-means without balance from there"
     )
+    say(
+        f"{figures['neighbours_in_own_cluster']:.0%} of the {NEIGHBOURS} nearest neighbours of a code are in its "
+        f"cluster ({(cluster_size - 1) / max(len(order) - 1, 1):.1%} by chance); steps between ids sum to "
+        f"{figures['path_length']:.0f}, {figures['path_length_before']:.0f} before, no path has less than "
+        f"{figures['spanning_tree_length']:.0f}"
+    )
+    say(f"pictures in {directory / 'clusters.png'}; distances inside clusters in {directory / 'distances.png'}")
+
+
+def distances_within(codebook: np.ndarray, order: np.ndarray, cluster_size: int) -> np.ndarray:
+    """Euclidean distances of all pairs of codes that share a cluster; one zero where clusters have one code."""
+    pairs = np.triu_indices(cluster_size, 1)
+    if not len(pairs[0]):
+        return np.zeros(1)
+    groups = codebook[order].reshape(-1, cluster_size, codebook.shape[1]).astype(np.float64)
+    return np.concatenate([np.linalg.norm(group[pairs[0]] - group[pairs[1]], axis=1) for group in groups])
+
+
+def distances_among_all(codebook: np.ndarray) -> np.ndarray:
+    """Euclidean distances of a million pairs of codes, drawn at random."""
+    first, second = np.random.default_rng(0).integers(0, len(codebook), (2, 1_000_000))
+    return np.linalg.norm(codebook[first] - codebook[second], axis=1)
+
+
+def distance_histogram(within: np.ndarray, among_all: np.ndarray) -> bytes:
+    """PNG of both distributions."""
+    fig, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    bins = np.linspace(0.0, max(within.max(), among_all.max(), 1e-6), 80).tolist()
+    axes.hist(among_all, bins, density=True, alpha=0.5, label="any two codes")
+    axes.hist(within, bins, density=True, alpha=0.7, label="two codes of one cluster")
+    axes.set(title="distances between codes", xlabel="Euclidean distance of unit vectors", ylabel="density")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format="png", dpi=150)
+    plt.close(fig)
+    return buffer.getvalue()
 
 
 def decoded_patches(model, params, codes: np.ndarray) -> np.ndarray:

@@ -48,7 +48,8 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         if initial.inputs["codebook"] != inputs["codebook"]:
             raise UserError(
                 f"{initial_directory} was trained with another codebook ({initial.inputs['codebook'][:12]}) than "
-                f"{codebook_directory} ({inputs['codebook'][:12]}): its ids mean other codes"
+                f"{codebook_directory} ({inputs['codebook'][:12]}): its ids mean other codes (import_weights "
+                "--rearrange turns a file of weights with original ids into a transformer of rearranged ones)"
             )
         inputs["transformer"] = initial.fingerprint
     if artifacts.begin(directory, "train", artifacts.relevant_config(config, ("seed", "model", "training")), inputs):

@@ -9,14 +9,18 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from iar_jax.codebook.optimal_assignment import BalancedAssignment, entropic_prices, mean_smallest, optimal_assignment
+from iar_jax.codebook.annealing import anneal
+from iar_jax.codebook.distances import Costs, in_chunks, smallest, squared_distances
+from iar_jax.codebook.optimal_assignment import BalancedAssignment, optimal_assignment
 
-# Temperatures of the entropic prices, as shares of the mean smallest distance, and rounds at each: for the first
-# iteration, and for those after it, whose prices start from the one before.
-COLD_TEMPERATURES, COLD_ROUNDS = (1.0, 0.3, 0.1), 15
-WARM_TEMPERATURES, WARM_ROUNDS = (0.03,), 8
+# The prices of an optimal assignment start from those of the step before: temperatures, as shares of the mean least
+# distance, and rounds of Sinkhorn's scaling at each, at most.
+TEMPERATURES, ROUNDS = (0.1, 0.03), 30
+
+UNCONSTRAINED_ITERATIONS = 100
 
 
 class BalancedClustering(NamedTuple):
@@ -56,8 +60,11 @@ def balanced_kmeans(
 
     One iteration assigns the vectors and moves the centroids to the means. The "greedy" assignment visits the vectors
     in the order of their distance to the nearest centroid (the lower index first on ties) and puts each into the
-    nearest cluster that still has room; the "optimal" one is the cheapest there is (`optimal_assignment`). It stops
-    when no coordinate of a centroid moves by more than 1e-8 + 1e-5 of its size, as the IAR code does.
+    nearest cluster that still has room (Algorithm 1 of the IAR paper); the "optimal" one is the cheapest there is
+    (`optimal_assignment`), and its iterations begin where `anneal` ends, which is far better a place than where it
+    began. It stops when no coordinate of a centroid moves by more than 1e-8 + 1e-5 of its size, as the IAR code does.
+
+    Distances are made a chunk of vectors at a time, each chunk spread over this process's devices.
 
     Args:
         vectors: [N, d], finite. IAR clusters L2-normalised codes: normalise before.
@@ -66,6 +73,7 @@ def balanced_kmeans(
         key: draws the first centroids of each restart where none are given, as k-means++ does (the paper draws them
             evenly, which ends worse): each next one with probability proportional to the squared distance to those
             already there.
+        num_restarts: runs side by side, but for the exact iterations of optimal ones. The lowest inertia wins.
 
     Raises:
         ValueError: non-finite vectors, n that is not in [1, N] or does not divide N, wrong centroids, or neither or
@@ -92,11 +100,21 @@ def balanced_kmeans(
             )
         starts = jnp.asarray(initial_centroids, jnp.float32)[None]
     elif key is not None:
-        seed = functools.partial(plus_plus_seeds, jnp.asarray(vectors, jnp.float32), num_clusters)
-        starts = jax.vmap(seed)(jax.random.split(key, num_restarts))
+        starts = jax.jit(jax.vmap(plus_plus_seeds, (None, None, 0)), static_argnums=1)(
+            jnp.asarray(vectors, jnp.float32), num_clusters, jax.random.split(key, num_restarts)
+        )
     else:
         raise ValueError("give initial_centroids, or a key to draw them with")
-    return _best_run(jnp.asarray(vectors, jnp.float32), starts, assignment, max_iterations)
+    return _best_run(
+        np.asarray(vectors, np.float32), np.asarray(starts), assignment, max_iterations, _mesh(num_vectors)
+    )
+
+
+def _mesh(num_vectors: int) -> Mesh:
+    """This process's devices in a row, as many of them as divide the vectors."""
+    devices = jax.local_devices()
+    count = next(k for k in range(len(devices), 0, -1) if num_vectors % k == 0)
+    return Mesh(np.asarray(devices[:count]), ("vectors",))
 
 
 def plus_plus_seeds(vectors: Float[Array, "N d"], num_seeds: int, key: Key[Array, ""]) -> Float[Array, "n d"]:
@@ -110,29 +128,43 @@ def plus_plus_seeds(vectors: Float[Array, "N d"], num_seeds: int, key: Key[Array
     return jax.lax.scan(pick, jnp.ones(vectors.shape[0]), jax.random.split(key, num_seeds))[1]
 
 
-@functools.partial(jax.jit, static_argnames=("assignment", "max_iterations"))
-def _best_run(vectors, starts, assignment, max_iterations):
-    # One after the other: side by side, every run would pay for the slowest assignment of all.
-    runs = jax.lax.map(lambda start: _run(vectors, start, assignment, max_iterations), starts)
+@functools.partial(jax.jit, static_argnames=("assignment", "max_iterations", "mesh"))
+def _best_run(vectors, starts, assignment, max_iterations, mesh):
+    chunks = in_chunks(vectors, starts.shape[0] * starts.shape[1], mesh.size)
+    chunks = jax.lax.with_sharding_constraint(chunks, NamedSharding(mesh, PartitionSpec(None, "vectors")))
+    if assignment == "greedy":
+        prices = jnp.zeros(starts.shape[1])
+        runs = jax.vmap(lambda start: _run(chunks, start, prices, assignment, max_iterations))(starts)
+    else:
+        annealed = jax.vmap(anneal, (None, 0))(chunks, starts)
+        # One after the other: side by side, every run would pay for the longest repair of all.
+        runs = jax.lax.map(lambda found: _run(chunks, *found, assignment, max_iterations), annealed)
     best = jnp.argmin(runs.inertia)
     return jax.tree.map(lambda x: x[best], runs)
 
 
 def _run(
-    vectors: Float[Array, "N d"], start: Float[Array, "n d"], kind: str, max_iterations: int
+    chunks: Float[Array, "chunks rows d"],
+    start: Float[Array, "n d"],
+    prices: Float[Array, " n"],
+    kind: str,
+    max_iterations: int,
 ) -> BalancedClustering:
+    vectors = chunks.reshape(-1, chunks.shape[-1])
+
     def unfinished(carry):
         clustering, _ = carry
         return ~clustering.converged & (clustering.num_iterations < max_iterations)
 
-    def assign(distances, prices):
+    def assign(centroids, prices):
+        costs = functools.partial(squared_distances, centroids=centroids)
         if kind == "greedy":
-            return BalancedAssignment(greedy_assignment(distances), prices, jnp.float32(jnp.nan))
-        return optimal_assignment(distances, prices, WARM_TEMPERATURES, WARM_ROUNDS, fallback=greedy_assignment)
+            return BalancedAssignment(greedy_assignment(chunks, costs, prices), prices, jnp.float32(jnp.nan))
+        return optimal_assignment(chunks, costs, prices, TEMPERATURES, ROUNDS, fallback=greedy_assignment)
 
     def iterate(carry):
         clustering, prices = carry
-        assignment, prices, gap = assign(squared_distances(vectors, clustering.centroids), prices)
+        assignment, prices, gap = assign(clustering.centroids, prices)
         centroids, inertia = means_and_inertia(vectors, assignment, start.shape[0])
         still = jnp.all(jnp.abs(centroids - clustering.centroids) <= 1e-8 + 1e-5 * jnp.abs(clustering.centroids))
         clustering = BalancedClustering(
@@ -155,33 +187,51 @@ def _run(
         jnp.bool_(False),
         jnp.float32(jnp.nan),
     )
-    prices = jnp.zeros(start.shape[0])
-    if kind == "optimal":
-        distances = squared_distances(vectors, start)
-        for temperature in COLD_TEMPERATURES:
-            prices = entropic_prices(distances, prices, temperature * mean_smallest(distances), COLD_ROUNDS)
     return jax.lax.while_loop(unfinished, iterate, (nothing, prices))[0]
 
 
-def squared_distances(vectors: Float[Array, "N d"], centroids: Float[Array, "n d"]) -> Float[Array, "N n"]:
-    """Squared Euclidean distances; not negative."""
-    cross = jnp.matmul(vectors, centroids.T, precision="highest")
-    norms = jnp.sum(jnp.square(vectors), axis=1)[:, None] + jnp.sum(jnp.square(centroids), axis=1)
-    return jnp.maximum(norms - 2.0 * cross, 0.0)
+def greedy_assignment(
+    chunks: Float[Array, "chunks rows d"], costs: Costs, prices: Float[Array, " n"]
+) -> Int[Array, " N"]:
+    """The E-step of Algorithm 1: nearest first, each into the nearest cluster with room; lowest index on ties.
 
-
-def greedy_assignment(distances: Float[Array, "N n"]) -> Int[Array, " N"]:
-    """The E-step of Algorithm 1: nearest first, each into the nearest cluster with room; lowest index on ties."""
-    num_vectors, num_clusters = distances.shape
-    visit = jnp.argsort(jnp.min(distances, axis=1), stable=True)
+    Nearest is what has the least cost + price; the algorithm's own prices are zeros.
+    """
+    vectors = chunks.reshape(-1, chunks.shape[-1])
+    num_vectors, num_clusters = vectors.shape[0], prices.shape[0]
+    visit = jnp.argsort(smallest(chunks, costs, prices)[0], stable=True)
 
     def place(room, row):
         cluster = jnp.argmin(jnp.where(room > 0, row, jnp.inf)).astype(jnp.int32)
         return room.at[cluster].add(-1), cluster
 
+    def place_chunk(room, part):
+        return jax.lax.scan(place, room, costs(part) + prices)
+
     room = jnp.full(num_clusters, num_vectors // num_clusters, jnp.int32)
-    _, clusters = jax.lax.scan(place, room, distances[visit])
-    return jnp.zeros(num_vectors, jnp.int32).at[visit].set(clusters)
+    _, clusters = jax.lax.scan(place_chunk, room, vectors[visit].reshape(chunks.shape))
+    return jnp.zeros(num_vectors, jnp.int32).at[visit].set(clusters.ravel())
+
+
+@jax.jit
+def unconstrained_inertia(
+    vectors: Float[Array | np.ndarray, "N d"], centroids: Float[Array, "n d"]
+) -> Float[Array, ""]:
+    """Within-cluster error where k-means without balance ends that starts from these centroids."""
+    chunks = in_chunks(jnp.asarray(vectors, jnp.float32), centroids.shape[0])
+    rows = chunks.reshape(-1, chunks.shape[-1])
+
+    def assign(centroids):
+        costs = functools.partial(squared_distances, centroids=centroids)
+        return smallest(chunks, costs, jnp.zeros(centroids.shape[0]))
+
+    def iterate(_, centroids):
+        _, nearest = assign(centroids)
+        counts = jnp.bincount(nearest, length=centroids.shape[0])[:, None]
+        sums = jax.ops.segment_sum(rows, nearest, centroids.shape[0])
+        return jnp.where(counts > 0, sums / jnp.maximum(counts, 1), centroids)
+
+    return jnp.sum(assign(jax.lax.fori_loop(0, UNCONSTRAINED_ITERATIONS, iterate, centroids))[0])
 
 
 def means_and_inertia(

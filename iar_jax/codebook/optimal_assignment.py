@@ -4,9 +4,11 @@ This is a transport problem with a dual of one price per cluster. Three steps, a
 
 1. Prices. A few rounds of entropic scaling (Sinkhorn) make the clusters nearly equally popular when every vector
    goes where distance + price is least.
-2. Repair. That assignment is optimal for the cluster sizes it happens to have. Each round moves one unit from an
-   overfull to an underfull cluster along the shortest path in the graph of clusters, whose edge a -> b is the cheapest
-   move of a member of a to b (successive shortest paths). Optimality is kept, so balanced sizes end at the optimum.
+2. Repair. That assignment is optimal for the cluster sizes it happens to have. Each round moves units from overfull
+   to underfull clusters along shortest paths in the graph of clusters, whose edge a -> b is the cheapest move of a
+   member of a to b (successive shortest paths). Optimality is kept, so balanced sizes end at the optimum. The paths of
+   one round start at different overfull clusters of one shortest-path forest: they share no cluster, and all of their
+   edges are tight for the same potentials, so together they keep optimality as one does.
 3. Proof. Shortest-path potentials are dual prices; cost minus dual value bounds how far the optimum can be.
 """
 
@@ -15,6 +17,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from iar_jax.codebook.annealing import entropic_prices, mean_smallest
+from iar_jax.codebook.distances import Costs, smallest
 
 
 class BalancedAssignment(NamedTuple):
@@ -43,7 +48,8 @@ class _Repair(NamedTuple):
 
 
 def optimal_assignment(
-    distances: Float[Array, "N n"],
+    chunks: Float[Array, "chunks rows d"],
+    costs: Costs,
     prices: Float[Array, " n"],
     temperatures: tuple[float, ...],
     rounds: int,
@@ -52,57 +58,42 @@ def optimal_assignment(
     """Solves the balanced assignment.
 
     Args:
-        distances: [N, n] costs, finite; n divides N.
+        chunks: N vectors (`in_chunks`); n divides N.
+        costs: finite costs of vectors, one for each cluster. They are computed anew wherever they are needed.
         prices: a first guess, zeros if there is none.
-        temperatures: of the entropic scaling, as shares of the mean of the smallest distances; `rounds` at each.
-        fallback: makes a balanced assignment [N] of [N, n] costs, for problems whose ties leave one cluster with more
-            than twice its share. Its result is returned with the gap that it has.
+        temperatures: of the entropic scaling, as shares of the mean of the least costs; `rounds` at each.
+        fallback: makes a balanced assignment [N] of (chunks, costs, prices), for problems whose ties leave one cluster
+            with more than twice its share. Its result is returned with the gap that it has.
     """
-    num_vectors, num_clusters = distances.shape
+    vectors = chunks.reshape(-1, chunks.shape[-1])
+    num_vectors, num_clusters = vectors.shape[0], prices.shape[0]
     size = num_vectors // num_clusters
-    scale = mean_smallest(distances)
+    scale = mean_smallest(chunks, costs, num_clusters)
     for temperature in temperatures:
-        prices = entropic_prices(distances, prices, temperature * scale, rounds)
-    nearest = _nearest(distances, prices)
+        prices = entropic_prices(chunks, costs, prices, temperature * scale, rounds)
+    _, nearest = smallest(chunks, costs, prices)
     capacity = 2 * size + 16
     sizes = jnp.bincount(nearest, length=num_clusters)
-    tolerance = 1e-6 * jnp.max(jnp.abs(distances))
-    start = jax.lax.cond(jnp.max(sizes) <= capacity, lambda: nearest, lambda: fallback(distances + prices))
-    state = _repair(distances, start, capacity, tolerance)
+    tolerance = 1e-6 * jnp.max(jax.lax.map(lambda part: jnp.max(jnp.abs(costs(part))), chunks))
+    start = jax.lax.cond(jnp.max(sizes) <= capacity, lambda: nearest, lambda: fallback(chunks, costs, prices))
+    state = _repair(vectors, costs, start, num_clusters, capacity, tolerance)
     assignment = jax.lax.cond(
         state.failed,
-        lambda: fallback(distances + prices),
+        lambda: fallback(chunks, costs, prices),
         lambda: _assignment_of(state.members[:, :size], num_vectors),
     )
-    potentials = _potentials(_move_costs(distances, _members(assignment, num_clusters, size))[0], tolerance)
-    cost = jnp.take_along_axis(distances, assignment[:, None], axis=1)[:, 0]
-    # Summed as differences, which are small: the sums themselves would round away the gap.
-    chosen = cost - potentials[assignment]
-    gap = jnp.sum(chosen - jnp.min(distances - potentials, axis=1))
+    members = _members(assignment, num_clusters, size)
+    potentials = _potentials(_move_costs(vectors, costs, members)[0], tolerance)
+
+    def regret(part):
+        # Summed as differences, which are small: the sums themselves would round away the gap.
+        rows, chosen = part
+        cost = costs(rows)
+        own = jnp.take_along_axis(cost, chosen[:, None], axis=1)[:, 0]
+        return own - potentials[chosen] - jnp.min(cost - potentials, axis=1)
+
+    gap = jnp.sum(jax.lax.map(regret, (chunks, assignment.reshape(chunks.shape[:2]))))
     return BalancedAssignment(assignment, -potentials, gap)
-
-
-def mean_smallest(distances: Float[Array, "N n"]) -> Float[Array, ""]:
-    """Mean over the vectors of their smallest distance, never zero: the scale of temperatures."""
-    return jnp.maximum(jnp.mean(jnp.min(distances, axis=1)), 1e-12)
-
-
-def entropic_prices(
-    distances: Float[Array, "N n"], prices: Float[Array, " n"], temperature: Float[Array, ""], rounds: int
-) -> Float[Array, " n"]:
-    """Prices after `rounds` of Sinkhorn scaling towards equal cluster sizes."""
-    num_vectors, num_clusters = distances.shape
-
-    def scale(_, prices):
-        popularity = jnp.sum(jax.nn.softmax(-(distances + prices) / temperature, axis=1), axis=0)
-        share = popularity * (num_clusters / num_vectors)
-        return prices + temperature * jnp.log(jnp.maximum(share, 1e-6))
-
-    return jax.lax.fori_loop(0, rounds, scale, prices)
-
-
-def _nearest(distances: Float[Array, "N n"], prices: Float[Array, " n"]) -> Int[Array, " N"]:
-    return jnp.argmin(distances + prices, axis=1).astype(jnp.int32)
 
 
 def _members(assignment: Int[Array, " N"], num_clusters: int, capacity: int) -> Int[Array, "n cap"]:
@@ -120,27 +111,32 @@ def _assignment_of(members: Int[Array, "n m"], num_vectors: int) -> Int[Array, "
 
 
 def _moves_from(
-    distances: Float[Array, "N n"], members: Int[Array, " cap"], cluster: Int[Array, ""]
+    vectors: Float[Array, "N d"], costs: Costs, members: Int[Array, " cap"], cluster: Int[Array, ""]
 ) -> tuple[Float[Array, " n"], Int[Array, " n"]]:
     """Cost of the cheapest move from a cluster to each other one, and the slot of the member that moves."""
-    there = (members < distances.shape[0])[:, None]
-    rows = distances[jnp.minimum(members, distances.shape[0] - 1)]
-    costs = jnp.where(there, rows - jnp.take(rows, cluster, axis=1)[:, None], jnp.inf)
-    slots = jnp.argmin(costs, axis=0).astype(jnp.int32)
-    return jnp.min(costs, axis=0).at[cluster].set(jnp.inf), slots
+    there = (members < vectors.shape[0])[:, None]
+    rows = costs(vectors[jnp.minimum(members, vectors.shape[0] - 1)])
+    moves = jnp.where(there, rows - jnp.take(rows, cluster, axis=1)[:, None], jnp.inf)
+    slots = jnp.argmin(moves, axis=0).astype(jnp.int32)
+    return jnp.min(moves, axis=0).at[cluster].set(jnp.inf), slots
 
 
 def _move_costs(
-    distances: Float[Array, "N n"], members: Int[Array, "n cap"]
+    vectors: Float[Array, "N d"], costs: Costs, members: Int[Array, "n cap"]
 ) -> tuple[Float[Array, "n n"], Int[Array, "n n"]]:
     clusters = jnp.arange(members.shape[0], dtype=jnp.int32)
-    return jax.lax.map(lambda pair: _moves_from(distances, *pair), (members, clusters))
+    return jax.lax.map(lambda pair: _moves_from(vectors, costs, *pair), (members, clusters))
 
 
 def _repair(
-    distances: Float[Array, "N n"], start: Int[Array, " N"], capacity: int, tolerance: Float[Array, ""]
+    vectors: Float[Array, "N d"],
+    costs: Costs,
+    start: Int[Array, " N"],
+    num_clusters: int,
+    capacity: int,
+    tolerance: Float[Array, ""],
 ) -> _Repair:
-    num_vectors, num_clusters = distances.shape
+    num_vectors = vectors.shape[0]
     size = num_vectors // num_clusters
     members = _members(start, num_clusters, capacity)
     sizes = jnp.bincount(start, length=num_clusters).astype(jnp.int32)
@@ -148,10 +144,30 @@ def _repair(
     def unbalanced(state):
         return (jnp.max(state.sizes) > size) & ~state.failed
 
-    def move_one(state):
+    def move_along_forest(state):
         cost, before = _shortest_paths(state.move_cost, state.sizes > size, tolerance)
-        end = jnp.argmin(jnp.where(state.sizes < size, cost, jnp.inf)).astype(jnp.int32)
+        root = _roots(before)
 
+        def cheapest_end(state, free_trees):
+            allowed = (state.sizes < size) & free_trees[root]
+            price = jnp.where(allowed, cost, jnp.inf)
+            end = jnp.argmin(price).astype(jnp.int32)
+            return end, jnp.isfinite(price[end])
+
+        def another_path(walk):
+            state, free_trees = walk
+            return cheapest_end(state, free_trees)[1] & ~state.failed
+
+        def follow(walk):
+            state, free_trees = walk
+            end, _ = cheapest_end(state, free_trees)
+            return move_one(state, before, end), free_trees.at[root[end]].set(False)
+
+        stuck = ~cheapest_end(state, jnp.ones(num_clusters, bool))[1]
+        state, _ = jax.lax.while_loop(another_path, follow, (state, jnp.ones(num_clusters, bool)))
+        return state._replace(failed=state.failed | stuck)
+
+    def move_one(state, before, end):
         def on_the_way(walk):
             cluster, _, _, _, length = walk
             return (before[cluster] >= 0) & (length < num_clusters)
@@ -174,16 +190,24 @@ def _repair(
 
         def update(i, tables):
             move_cost, mover = tables
-            costs, slots = _moves_from(distances, members[path[i]], path[i])
-            return move_cost.at[path[i]].set(costs), mover.at[path[i]].set(slots)
+            moves, slots = _moves_from(vectors, costs, members[path[i]], path[i])
+            return move_cost.at[path[i]].set(moves), mover.at[path[i]].set(slots)
 
         move_cost, mover = jax.lax.fori_loop(0, length + 1, update, (state.move_cost, state.mover))
         sizes = state.sizes.at[first].add(-1).at[end].add(1)
         # Rounding can make a cycle of predecessors, and only that: then nothing of this state can be trusted.
-        return _Repair(members, sizes, move_cost, mover, (length >= num_clusters) | ~jnp.isfinite(cost[end]))
+        return _Repair(members, sizes, move_cost, mover, length >= num_clusters)
 
-    move_cost, mover = _move_costs(distances, members)
-    return jax.lax.while_loop(unbalanced, move_one, _Repair(members, sizes, move_cost, mover, jnp.bool_(False)))
+    move_cost, mover = _move_costs(vectors, costs, members)
+    return jax.lax.while_loop(
+        unbalanced, move_along_forest, _Repair(members, sizes, move_cost, mover, jnp.bool_(False))
+    )
+
+
+def _roots(before: Int[Array, " n"]) -> Int[Array, " n"]:
+    """The first cluster on the path to each, by doubling."""
+    upwards = jnp.where(before < 0, jnp.arange(before.shape[0], dtype=jnp.int32), before)
+    return jax.lax.fori_loop(0, before.shape[0].bit_length(), lambda _, up: up[up], upwards)
 
 
 def _shortest_paths(

@@ -6,7 +6,7 @@ import zipfile
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Float, Int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +50,26 @@ class Permutation:
     def cluster_of_old(self) -> Int[np.ndarray, " N"]:
         """Cluster of each old id, int32 [N]."""
         return self.old_to_new // self.cluster_size
+
+    def rearrange_codes(self, codes: Int[np.ndarray, "*shape"]) -> Int[np.ndarray, "*shape"]:
+        """Rearranged ids of original ones, int32."""
+        return self.old_to_new[codes]
+
+    def rearrange_codebook(self, codebook: Float[Array | np.ndarray, "N d"]) -> Float[Array | np.ndarray, "N d"]:
+        """The codebook in the rearranged order: row `new` is the vector of the code with that id."""
+        return codebook[self.new_to_old]
+
+    def rearrange_transformer(self, params: dict[str, Any]) -> dict[str, Any]:
+        """Parameters of a transformer that was trained on original ids, for rearranged ones.
+
+        Its logits are the same numbers in the rearranged order, so the most likely code is the same one, and so is the
+        distribution that is sampled from (a seed draws differently: its random bits belong to ids).
+
+        Args:
+            params: with `token_table` [N, D] and `head` [D, N]; the rest is shared with the result.
+        """
+        order = self.new_to_old
+        return params | {"token_table": params["token_table"][order], "head": params["head"][:, order]}
 
 
 def invert(permutation: Int[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:

@@ -127,7 +127,7 @@ class CodeSource:
                 "iar_jax.extract_codes again"
             )
         self.source = ArrayRecordDataSource(self.paths)
-        self.old_to_new = permutation.old_to_new
+        self.permutation = permutation
         self.num_classes = num_classes
 
     def __repr__(self) -> str:
@@ -141,10 +141,10 @@ class CodeSource:
             record = unpack(self.source[index])
         except ValueError as error:
             raise UserError(f"record {index} of {self.paths[0]} and its shards: {error}") from error
-        if record.codes.size and not 0 <= record.codes.min() <= record.codes.max() < len(self.old_to_new):
+        if record.codes.size and not 0 <= record.codes.min() <= record.codes.max() < len(self.permutation.old_to_new):
             raise UserError(
                 f"record {index} (image {record.image_id}) has the code {record.codes.max()}; the codebook has "
-                f"{len(self.old_to_new)}: these codes are of another tokenizer, or damaged"
+                f"{len(self.permutation.old_to_new)}: these codes are of another tokenizer, or damaged"
             )
         if not 0 <= record.label < self.num_classes:
             raise UserError(
@@ -152,7 +152,7 @@ class CodeSource:
                 f"{self.num_classes} classes"
             )
         return {
-            "codes": self.old_to_new[record.codes],
+            "codes": self.permutation.rearrange_codes(record.codes),
             "label": np.int32(record.label),
             "image_id": np.int64(record.image_id),
         }

@@ -130,7 +130,7 @@ def curves(metrics: list[dict[str, Any]], names: Sequence[str], title: str, capt
         plt.close(fig)
         return None
     fig.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
-    return _finish(fig, axes, caption)
+    return finish(fig, axes, caption)
 
 
 def usage_histogram(counts: Float[np.ndarray, " N"], caption: str) -> Figure:
@@ -139,7 +139,7 @@ def usage_histogram(counts: Float[np.ndarray, " N"], caption: str) -> Figure:
     share = np.sort(counts)[::-1] / counts.sum()
     axes.step(np.arange(1, len(share) + 1), np.where(share > 0, share, np.nan), where="mid")
     axes.set(title="codebook usage", xlabel="codes, most used first", ylabel="share of all codes", yscale="log")
-    return _finish(fig, axes, caption)
+    return finish(fig, axes, caption)
 
 
 def codebook_map(codebook: Float[np.ndarray, "N d"], clusters: np.ndarray, caption: str) -> Figure:
@@ -153,10 +153,11 @@ def codebook_map(codebook: Float[np.ndarray, "N d"], clusters: np.ndarray, capti
         points[:, 0], points[:, 1], c=shuffled[clusters], cmap="hsv", s=14 if len(points) < 4000 else 4, linewidths=0
     )
     axes.set(title="codebook by cluster", xlabel="first principal axis", ylabel="second principal axis")
-    return _finish(fig, axes, caption)
+    return finish(fig, axes, caption)
 
 
-def _finish(fig, axes, caption: str) -> Figure:
+def finish(fig, axes, caption: str) -> Figure:
+    """The figure as PNG, in the page's style."""
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()

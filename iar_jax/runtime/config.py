@@ -15,6 +15,7 @@ CHOICES = {
     "tokenizer.dtype": ("float32", "bfloat16"),
     "tokenizer_training.schedule": ("constant", "cosine"),
     "codebook.assignment": ("greedy", "optimal"),
+    "codebook.order": ("chain", "path"),
     "codes.crops": ("center", "mirror", "shifts", "ten_crop"),
     "model.dtype": ("float32", "bfloat16"),
     "training.schedule": ("constant", "cosine"),

@@ -84,9 +84,12 @@ def default_config() -> ConfigDict:
     config.codebook = ConfigDict(
         {
             "cluster_size": 128,  # m; there are codebook_size / m clusters
-            "assignment": "greedy",  # greedy: the paper's algorithm; optimal: the cheapest balanced one, slower
+            "assignment": "optimal",  # greedy: the paper's algorithm; optimal: annealing, then exact assignments
             "max_iterations": 100,
             "num_restarts": 1,
+            # Of the ids: chain is the published one (clusters by index, chains inside); path puts clusters and codes
+            # along one short path. Training does not see it.
+            "order": "chain",
         }
     )
 
@@ -157,6 +160,7 @@ def default_config() -> ConfigDict:
             "features": "classifier",
             "batch_size": 250,
             "neighbours": 3,  # k of precision and recall
+            "code_distance_images": 64,  # of the val split, for --what=code_distance
             "classifier_steps": 2000,
             "classifier_batch_size": 64,
             "classifier_learning_rate": 2e-3,

@@ -1,5 +1,7 @@
 """If these fail, clusters are not balanced, not the paper's, or depend on chance that no key controls."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iar_jax.codebook.balanced_kmeans import balanced_kmeans, means_and_inertia, plus_plus_seeds
+from iar_jax.codebook.balanced_kmeans import (
+    balanced_kmeans,
+    means_and_inertia,
+    plus_plus_seeds,
+    unconstrained_inertia,
+)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +68,31 @@ def test_restarts_keep_the_best(small, assignment):
         )
         for k in jax.random.split(key, 4)
     ]
-    np.testing.assert_allclose(found.inertia, min(single), rtol=1e-5)
+    # Annealing grows rounding, which differs side by side, into other optima; these differ by tenths of a percent.
+    tolerance = {"greedy": 1e-5, "optimal": 5e-3}[assignment]
+    assert abs(float(found.inertia) / min(single) - 1.0) <= tolerance
+    assert max(single) > (1.0 + tolerance) * min(single)
+
+
+def test_the_annealed_start_beats_k_means_without_balance(small):
+    # Where both begin with the same centroids: the bar that no balanced run from there could reach without annealing.
+    vectors = small["vectors"]
+    start = vectors[small["init_indices"]]
+    annealed = balanced_kmeans(vectors, 16, initial_centroids=start, assignment="optimal")
+    assert annealed.inertia <= 1.005 * unconstrained_inertia(vectors, jnp.asarray(start))
+    assert annealed.inertia >= unconstrained_inertia(vectors, annealed.centroids)
+
+
+def test_one_device_and_eight_find_the_same(small):
+    start = small["vectors"][small["init_indices"]]
+    for assignment in ("greedy", "optimal"):
+        options = {"initial_centroids": start, "assignment": assignment}
+        many = balanced_kmeans(small["vectors"], 16, **options)
+        with mock.patch("jax.local_devices", return_value=jax.local_devices()[:1]):
+            one = balanced_kmeans(small["vectors"], 16, **options)
+        # Sums over devices round differently, and ties may fall differently after many iterations.
+        np.testing.assert_allclose(many.inertia, one.inertia, rtol=1e-3)
+        assert len(many.centroids.sharding.device_set) == 8
 
 
 def test_seeds_are_vectors_far_apart(small):

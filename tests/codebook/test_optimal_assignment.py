@@ -1,5 +1,7 @@
 """If these fail, "optimal" is not, or the gap that is reported proves nothing."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +11,18 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
 from iar_jax.codebook.balanced_kmeans import balanced_kmeans, greedy_assignment
+from iar_jax.codebook.distances import squared_distances
 from iar_jax.codebook.optimal_assignment import optimal_assignment
 
-solve = jax.jit(lambda d, p: optimal_assignment(d, p, (1.0, 0.1), 10, fallback=greedy_assignment))
+
+def itself(rows):
+    """Costs of vectors that are rows of a cost matrix already."""
+    return rows
+
+
+@jax.jit
+def solve(distances, prices):
+    return optimal_assignment(distances[None], itself, prices, (1.0, 0.1), 10, fallback=greedy_assignment)
 
 
 def cheapest(distances):
@@ -56,11 +67,25 @@ def test_the_cost_is_that_of_an_exact_solver(shape, seed, kind):
 def test_the_gap_bounds_a_bad_assignment_too():
     # Everything is nearest to cluster 0 by a tie: the greedy fallback answers, with a gap that is honest about it.
     distances = jnp.zeros((64, 4)).at[:, 1:].add(jnp.arange(64.0)[:, None] * 1e-3)
-    found = optimal_assignment(distances, jnp.array([-1e3, 0.0, 0.0, 0.0]), (), 0, fallback=greedy_assignment)
+    prices = jnp.array([-1e3, 0.0, 0.0, 0.0])
+    found = optimal_assignment(distances[None], itself, prices, (), 0, fallback=greedy_assignment)
     cost = np.asarray(distances)[np.arange(64), found.assignment].sum()
     best = cheapest(np.asarray(distances))
     assert cost > best
     assert cost - best <= float(found.gap) + 1e-4
+
+
+def test_chunks_change_nothing_but_memory():
+    rng = np.random.default_rng(0)
+    vectors, centroids = (jnp.asarray(rng.standard_normal((count, 3)), jnp.float32) for count in (240, 8))
+    costs = functools.partial(squared_distances, centroids=centroids)
+    whole, parts = (
+        optimal_assignment(vectors.reshape(chunks, -1, 3), costs, jnp.zeros(8), (0.3,), 8, fallback=greedy_assignment)
+        for chunks in (1, 6)
+    )
+    np.testing.assert_array_equal(whole.assignment, parts.assignment)
+    greedy = [greedy_assignment(vectors.reshape(chunks, -1, 3), costs, jnp.zeros(8)) for chunks in (1, 6)]
+    np.testing.assert_array_equal(*greedy)
 
 
 def test_optimal_runs_end_lower_than_greedy_ones(golden):
