@@ -169,7 +169,9 @@ def run_code_distance(config: ConfigDict, workdir: epath.Path) -> None:
     permutation = read_permutation(codebook_directory, tokenizer, tokenizer_directory)
     images = open_images(config.data)
     count = min(config.evaluation.code_distance_images, len(images.val))
-    originals = np.stack([images.val[i]["image"] for i in range(count)])
+    # From all over the split, which may be sorted by class.
+    chosen = np.linspace(0, len(images.val) - 1, count).round().astype(int)
+    originals = np.stack([images.val[i]["image"] for i in chosen.tolist()])
 
     batch_size = min(config.evaluation.batch_size, count)
     encode = jax.jit(lambda batch: model.apply({"params": params}, batch, method="encode"))

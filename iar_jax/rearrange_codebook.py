@@ -118,8 +118,12 @@ def distances_within(codebook: np.ndarray, order: np.ndarray, cluster_size: int)
 
 
 def distances_among_all(codebook: np.ndarray) -> np.ndarray:
-    """Euclidean distances of a million pairs of codes, drawn at random."""
-    first, second = np.random.default_rng(0).integers(0, len(codebook), (2, 1_000_000))
+    """Euclidean distances of a million pairs of codes, drawn at random; one zero where there is one code."""
+    if len(codebook) == 1:
+        return np.zeros(1)
+    rng = np.random.default_rng(0)
+    first, step = rng.integers(0, len(codebook), 1_000_000), rng.integers(1, len(codebook), 1_000_000)
+    second = (first + step) % len(codebook)
     return np.linalg.norm(codebook[first] - codebook[second], axis=1)
 
 

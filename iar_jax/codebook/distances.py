@@ -47,7 +47,7 @@ def smallest(
 
 
 def nearest_neighbours(
-    vectors: Float[Array | np.ndarray, "N d"], count: int, groups: Int[Array, " N"] | None = None
+    vectors: Float[Array | np.ndarray, "N d"], count: int, groups: Int[Array | np.ndarray, " N"] | None = None
 ) -> tuple[Int[Array, "N k"], Float[Array, "N k"]]:
     """The nearest other vectors of each, nearest first, and their squared distances.
 
@@ -57,7 +57,7 @@ def nearest_neighbours(
     """
     vectors = jnp.asarray(vectors, jnp.float32)
     num_vectors = vectors.shape[0]
-    labels = jnp.zeros(num_vectors, jnp.int32) if groups is None else groups
+    labels = jnp.zeros(num_vectors, jnp.int32) if groups is None else jnp.asarray(groups)
     chunks = in_chunks(vectors, num_vectors)
     places = jnp.arange(num_vectors, dtype=jnp.int32).reshape(chunks.shape[:2])
 

@@ -17,10 +17,10 @@ def verdict(visible: int | None, substitutions: list[Substitution], own_error: C
     measure = "squared error" if own_error.lpips is None else "LPIPS"
     if visible is None:
         largest = max(found.rank for found in substitutions)
-        return f"up to rank {largest} codes change a picture less than the tokenizer itself does, by {measure}"
+        return f"Up to rank {largest}, replaced codes change a picture less than the tokenizer itself does ({measure})."
     return (
-        f"from rank {visible} on a replaced code changes a picture more than the tokenizer itself does, by {measure}: "
-        "a visible difference"
+        f"From rank {visible} on the difference is visible: replaced codes change a picture more than the tokenizer "
+        f"itself does ({measure})."
     )
 
 
@@ -39,8 +39,9 @@ def picture(
     """A row of pictures for each kind of substitution, and what the rows are."""
     rows = [("original", originals), ("reconstruction", reconstructions)]
     rows += [(s.title, s.images) for s in substitutions if s.rank in SHOWN_RANKS or s.rank == 0]
-    shown = np.concatenate([images[:IMAGES_SHOWN] for _, images in rows])
     columns = min(IMAGES_SHOWN, len(originals))
+    chosen = np.linspace(0, len(originals) - 1, columns).round().astype(int)
+    shown = np.concatenate([images[chosen] for _, images in rows])
     grid = pictures.image_grid(shown, columns=columns, scale=pictures.scale_to_see(shown.shape[1]))
     return grid, [title for title, _ in rows]
 
@@ -61,6 +62,8 @@ def curves(substitutions: list[Substitution], own_error: Change) -> list[report.
         axes.set(title=label, xlabel="rank k of the neighbour that replaces each code", xscale="log")
         axes.set_xticks([s.rank for s in ranked], [str(s.rank) for s in ranked])
         axes.minorticks_off()
+        if name == "mse":
+            axes.set_yscale("log")
         fig.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
         figures.append(report.finish(fig, axes, f"{label} against pictures of the true codes."))
     return figures

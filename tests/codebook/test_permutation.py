@@ -3,10 +3,17 @@
 import numpy as np
 import pytest
 from etils import epath
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.sparse.csgraph import minimum_spanning_tree
 
-from iar_jax.codebook.ordering import nearest_neighbour_chain, order_by_cluster
+from iar_jax.codebook.ordering import (
+    nearest_neighbour_chain,
+    order_along_path,
+    order_by_cluster,
+    path_length,
+    spanning_tree_length,
+)
 from iar_jax.codebook.permutation import Permutation, invert, load_permutation, save_permutation
 
 
@@ -36,6 +43,61 @@ def test_duplicate_codes_keep_their_own_places():
     order = order_by_cluster(vectors, np.array([0, 1, 0, 1, 0, 1, 0, 1]))
     assert sorted(order.tolist()) == list(range(8))
     assert set(order[:4].tolist()) == {0, 2, 4, 6}
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(1, 6), st.integers(1, 9), st.integers(0, 100), st.sampled_from(["normal", "duplicates", "equal"]))
+def test_a_path_keeps_clusters_together_and_is_no_shorter_than_the_tree(num_clusters, size, seed, kind):
+    rng = np.random.default_rng(seed)
+    vectors = rng.standard_normal((num_clusters * size, 3)).astype(np.float32)
+    if kind == "duplicates":
+        vectors = vectors[rng.integers(0, max(1, len(vectors) // 3), len(vectors))]
+    if kind == "equal":
+        vectors[:] = 1.0
+    assignment = rng.permutation(np.repeat(np.arange(num_clusters), size)).astype(np.int32)
+    order = order_along_path(vectors, assignment)
+    assert sorted(order.tolist()) == list(range(len(vectors)))
+    blocks = assignment[order].reshape(num_clusters, size)
+    assert (blocks == blocks[:, :1]).all()
+    assert path_length(vectors, order) >= spanning_tree_length(vectors) - 1e-3
+
+
+def test_the_tree_is_that_of_scipy():
+    vectors = np.random.default_rng(0).standard_normal((200, 8)).astype(np.float32)
+    distances = np.linalg.norm(vectors[:, None].astype(np.float64) - vectors, axis=-1)
+    np.testing.assert_allclose(spanning_tree_length(vectors), minimum_spanning_tree(distances).sum(), rtol=1e-5)
+
+
+def test_no_move_shortens_a_path_any_more(golden):
+    small = np.load(golden("kmeans_small.npz"))
+    vectors = small["vectors"].astype(np.float32)
+    order = order_along_path(vectors, small["assignment"].astype(np.int32))
+    assert path_length(vectors, order) < 0.97 * path_length(vectors, small["order"])
+    # Every turn of a part of a cluster, not only those that the neighbour lists offer: hardly any helps still.
+    along = vectors[order].astype(np.float64)
+    distances = np.linalg.norm(along[:, None] - along, axis=-1)
+    gains = []
+    for start in range(0, len(order), 32):
+        for i in range(max(start, 1), start + 32):
+            for j in range(i + 1, min(start + 32, len(order) - 1)):
+                before = distances[i - 1, i] + distances[j, j + 1]
+                gains.append(before - distances[i - 1, j] - distances[i, j + 1])
+    assert max(gains) < 0.01 * path_length(vectors, order)
+    assert np.mean(np.array(gains) > 1e-5) < 0.001
+
+
+def test_codes_codebook_and_transformer_are_rearranged_alike():
+    rng = np.random.default_rng(0)
+    permutation = Permutation.from_order(rng.permutation(16), 4)
+    codebook, codes = rng.standard_normal((16, 3)), rng.integers(0, 16, (5, 7))
+    rearranged = permutation.rearrange_codes(codes)
+    np.testing.assert_array_equal(permutation.rearrange_codebook(codebook)[rearranged], codebook[codes])
+    params = {"token_table": rng.standard_normal((16, 6)), "head": rng.standard_normal((6, 16)), "norm": np.ones(6)}
+    converted = permutation.rearrange_transformer(params)
+    np.testing.assert_array_equal(converted["token_table"][rearranged], params["token_table"][codes])
+    hidden = rng.standard_normal((2, 6))
+    np.testing.assert_array_equal((hidden @ converted["head"])[:, permutation.old_to_new], (hidden @ params["head"]))
+    assert converted["norm"] is params["norm"]
 
 
 @pytest.mark.parametrize(

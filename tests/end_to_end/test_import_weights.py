@@ -92,6 +92,22 @@ def test_samples_of_imported_weights_are_those_of_the_files(files, imported):
     assert np.abs(found.astype(int) - to_uint8(expected)).max() <= 1  # float32 convolutions round at their will
 
 
+def test_a_transformer_of_original_ids_is_rearranged_without_training(files, tmp_path):
+    weights = [f"--tokenizer={files / 'vq.safetensors'}", f"--transformer={files / 'gpt.safetensors'}"]
+    importing(files, tmp_path / "plain", *weights)
+    importing(files, tmp_path / "rearranged", *weights, "--rearrange")
+    for name in ("plain", "rearranged"):
+        # The most likely codes: random bits belong to ids, and ids differ.
+        call("sample", tmp_path / name, *OPTIONS, "--config.sampling.top_k=1", config=CONFIG)
+    plain, rearranged = (
+        np.load(next((tmp_path / name / "samples").iterdir()) / "samples.npz")["arr_0"]
+        for name in ("plain", "rearranged")
+    )
+    np.testing.assert_array_equal(plain, rearranged)
+    order = np.load(tmp_path / "rearranged" / "codebook" / "permutation.npz")["old_to_new"]
+    assert (order != np.arange(256)).any()
+
+
 def test_imported_weights_are_fine_tuned_on_a_folder(imported, tmp_path):
     for name in "abcde":
         (tmp_path / "images" / name).mkdir(parents=True)

@@ -25,6 +25,7 @@ TINY = [
     "--config.tokenizer_training.eval_every=20",
     "--config.tokenizer_training.checkpoint_every=15",
     "--config.codebook.cluster_size=8",
+    "--config.codebook.order=path",
     "--config.model.dim=32",
     "--config.model.num_layers=2",
     "--config.model.scan_unroll=2",
@@ -148,6 +149,17 @@ def test_rearranging_does_not_touch_the_reconstructions(finished):
 
 def train_metrics(path):
     return (path / "train" / "metrics.jsonl").read_text()
+
+
+def test_codes_are_replaced_and_what_that_does_is_told(copy):
+    options = [*TINY, "--config.evaluation.code_distance_images=5", "--config.evaluation.batch_size=4"]
+    done = call("evaluate", copy, *options, "--what=code_distance")
+    figures = json.loads((copy / "code_distance" / "figures.json").read_text())
+    assert figures["images"] == 5
+    assert [row["rank"] for row in figures["substitutions"]] == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 0, 0]
+    assert "visible" in done.stdout or "less than the tokenizer" in done.stdout
+    assert Image.open(copy / "code_distance" / "pictures.png").height > 0
+    assert "data:image/png" in (copy / "code_distance" / "report.html").read_text()
 
 
 def test_a_run_that_was_interrupted_ends_as_the_one_that_was_not(finished, copy):
