@@ -3,14 +3,16 @@
     python -m benchmarks.balanced_kmeans                 up to 16,384 codes
     python -m benchmarks.balanced_kmeans --largest=262144
 
-Each line is a process of its own, so that memory is its own; times are without compilation. All methods start from the
-same centroids (but for the line with seeds and restarts of its own). `pip install k-means-constrained` adds
-min-cost-flow assignment.
+Each line is a process of its own, so that memory is its own; times are without compilation (some two seconds), but
+with it for the largest size, which runs once. All methods start from the same centroids, but for those with seeds of
+their own. Peers are added by `pip install k-means-constrained` (min-cost-flow assignment) and `pip install ballot`
+(optimal transport); what takes more than LIMIT seconds is stopped.
 """
 
 import argparse
 import importlib.util
 import json
+import math
 import resource
 import subprocess
 import sys
@@ -19,10 +21,21 @@ import time
 import numpy as np
 
 SIZES = ((4096, 64), (16384, 128), (65536, 512), (262144, 2048))
-METHODS = ("greedy", "optimal", "optimal, 4 k-means++ starts", "k-means-constrained", "unconstrained k-means")
+METHODS = (
+    "greedy",
+    "optimal",
+    "optimal, 4 k-means++ starts",
+    "k-means-constrained",
+    "ballot, its own start",
+    "unconstrained k-means",
+)
+PEERS = {"k-means-constrained": "k_means_constrained", "ballot, its own start": "ballot"}
 
-# Peers that take minutes or more beyond these sizes.
-LARGEST_OF = {"k-means-constrained": 16384, "optimal": 65536, "optimal, 4 k-means++ starts": 16384}
+# Sizes beyond which a method takes many minutes, or 4 N x N float64 arrays of memory.
+LARGEST_OF = {"k-means-constrained": 16384, "ballot, its own start": 4096, "optimal, 4 k-means++ starts": 65536}
+
+RUN_ONCE_FROM = 200_000
+LIMIT = 1200
 
 
 def problem(num_vectors: int, num_clusters: int) -> tuple[np.ndarray, np.ndarray]:
@@ -47,6 +60,12 @@ def run(method: str, num_vectors: int, num_clusters: int) -> dict:
         start = time.monotonic()
         assignment = model.fit_predict(vectors)
         seconds, extra["iterations"] = time.monotonic() - start, int(model.n_iter_)
+    elif method.startswith("ballot"):
+        from ballot.estimator import BalancedKMeans
+
+        start = time.monotonic()
+        assignment = BalancedKMeans(num_clusters, algorithm="exact", max_iter=100, random_state=0).fit_predict(vectors)
+        seconds = time.monotonic() - start
     elif method == "unconstrained k-means":
         from sklearn.cluster import KMeans
 
@@ -64,7 +83,7 @@ def run(method: str, num_vectors: int, num_clusters: int) -> dict:
             options |= {"key": jax.random.key(0), "num_restarts": 4}
         else:
             options["initial_centroids"] = vectors[init]
-        for _ in range(2):  # the first call compiles
+        for _ in range(1 if num_vectors >= RUN_ONCE_FROM else 2):  # the first call compiles
             start = time.monotonic()
             found = jax.block_until_ready(balanced_kmeans(vectors, num_clusters, **options))
             seconds = time.monotonic() - start
@@ -94,7 +113,7 @@ def main() -> None:
         for method in METHODS:
             if num_vectors > LARGEST_OF.get(method, num_vectors):
                 continue
-            if method == "k-means-constrained" and importlib.util.find_spec("k_means_constrained") is None:
+            if method in PEERS and importlib.util.find_spec(PEERS[method]) is None:
                 continue
             command = [
                 sys.executable,
@@ -105,16 +124,19 @@ def main() -> None:
                 str(num_vectors),
                 str(num_clusters),
             ]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMIT)
+            except subprocess.TimeoutExpired:
+                print(f"{num_vectors:>8}{num_clusters:>9}  {method:30}not finished in {LIMIT} s", flush=True)
+                continue
             if done.returncode:
                 print(f"{num_vectors:>8}{num_clusters:>9}  {method:30}failed: {done.stderr.strip().splitlines()[-1]}")
                 continue
             row = json.loads(done.stdout.splitlines()[-1])
-            gap = f"{row['gap']:.1e}" if row.get("gap", float("nan")) == row.get("gap", float("nan")) else "–"
-            gap = gap if "gap" in row else "–"
+            gap = "–" if math.isnan(row.get("gap", math.nan)) else f"{row['gap']:.1e}"
             print(
                 f"{num_vectors:>8}{num_clusters:>9}  {method:30}{row['error']:>11.2f}{row['seconds']:>10.2f}"
-                f"{row['memory']:>7.2f}{row['iterations']:>11}{gap:>10}",
+                f"{row['memory']:>7.2f}{row.get('iterations', '–'):>11}{gap:>10}",
                 flush=True,
             )
 

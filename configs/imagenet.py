@@ -93,6 +93,7 @@ def get_config(arg: str = "B,256") -> ConfigDict:
     epochs = 50 if resolution == 256 and name not in ("B", "L") else 300
     training.batch_size = batch_size
     training.num_steps = epochs * TRAINING_IMAGES // batch_size
+    training.loss_chunks = 8
     training.cluster_weight = 0.0 if baseline else 1.0  # lambda of the released trainer
     training.learning_rate = learning_rate
     training.schedule = "constant"  # no warm-up, no decay

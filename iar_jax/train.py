@@ -22,7 +22,7 @@ from iar_jax.runtime.errors import UserError
 from iar_jax.runtime.progress import say
 from iar_jax.training import transformer_steps
 from iar_jax.training.loop import TrainingRun
-from iar_jax.training.optimizer import optimizer_of
+from iar_jax.training.optimizer import cluster_weight_schedule, optimizer_of
 from iar_jax.training.state import TrainState
 
 
@@ -57,7 +57,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         return
     section = config.training
     mesh = sharding.make_mesh(**config.mesh)
-    sharding.check_batch_size(mesh, section.batch_size, "config.training.batch_size")
+    sharding.check_batch_size(mesh, section.batch_size, "config.training.batch_size", section.accumulation)
 
     num_classes = len(train_codes.figures["class_names"])
     source = CodeSource(codes_directory / "train", permutation, num_classes)
@@ -76,7 +76,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
             "width of the model": (model.dim, "fsdp"),
             "heads": (model.num_heads, "tensor"),
             "hidden units": (model.hidden_dim, "tensor"),
-            "codes of the codebook": (model.vocab_size, "tensor"),
+            "clusters of codes": (model.vocab_size // permutation.cluster_size, "tensor"),
         },
     )
     optimizer = optimizer_of(section)
@@ -85,11 +85,17 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         model,
         optimizer,
         cluster_size=permutation.cluster_size,
-        cluster_weight=section.cluster_weight,
+        cluster_weight=cluster_weight_schedule(
+            section.cluster_weight_schedule, section.cluster_weight, section.cluster_weight_end, section.num_steps
+        ),
         ema_decay=section.ema_decay,
         key=jax.random.fold_in(key, 1),
+        accumulation=section.accumulation,
+        loss_chunks=section.loss_chunks,
     )
-    eval_step = jax.jit(transformer_steps.make_eval_step(model, cluster_size=permutation.cluster_size))
+    eval_step = jax.jit(
+        transformer_steps.make_eval_step(model, cluster_size=permutation.cluster_size, loss_chunks=section.loss_chunks)
+    )
 
     with (
         sharding.use_mesh(mesh),

@@ -16,6 +16,12 @@ from jaxtyping import Array, Float, Int
 
 from iar_jax.models.rope import apply_rope, rope_table
 
+REMAT_POLICIES = {
+    "layer": jax.checkpoint_policies.nothing_saveable,
+    # Attention's own products, which grow with the square of the length, are recomputed too.
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
 
 def swiglu_hidden_dim(dim: int) -> int:
     """Hidden width of the feed-forward block: two thirds of 4 * dim, up to a multiple of 256."""
@@ -180,7 +186,7 @@ class Transformer(nn.Module):
         init_std: standard deviation of all initial weights but the head's zeros; 0.02 is LlamaGen's, and too small
             for narrow models, which want about dim ** -0.5.
         dtype: of activations and matrix products; parameters are float32.
-        remat: recompute each layer in the backward pass instead of keeping its activations.
+        remat: what the backward pass recomputes, a key of REMAT_POLICIES; "none" keeps all activations.
         scan_unroll: layers unrolled in one step of the layer scan; num_layers unrolls all. Parameters are stacked
             over layers either way.
     """
@@ -202,7 +208,7 @@ class Transformer(nn.Module):
     drop_path_rate: float = 0.0
     class_dropout_rate: float = 0.0
     dtype: DTypeLike = jnp.float32
-    remat: bool = False
+    remat: str = "none"
     scan_unroll: int = 1
 
     @property
@@ -219,7 +225,9 @@ class Transformer(nn.Module):
             "class_table", partitioned(init, "classes", "embed"), (self.num_classes + 1, self.dim)
         )
         self.token_table = self.param("token_table", partitioned(init, "vocab", "embed"), (self.vocab_size, self.dim))
-        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        block = Block
+        if self.remat != "none":
+            block = nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
         self.layers = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -272,10 +280,17 @@ class Transformer(nn.Module):
         self, labels: Int[Array | np.ndarray, " B"], codes: Int[Array | np.ndarray, "B L"]
     ) -> Float[Array, "B L V"]:
         """Logits [B, L, V]; position t predicts codes[:, t] from the label and codes[:, :t]."""
+        logits = self.hidden(labels, codes) @ self.head.astype(self.dtype)
+        return nn.with_logical_constraint(logits, ("batch", None, "vocab"))
+
+    def hidden(
+        self, labels: Int[Array | np.ndarray, " B"], codes: Int[Array | np.ndarray, "B L"]
+    ) -> Float[Array, "B L D"]:
+        """What the head is applied to, after the final norm; in the model's dtype."""
         if self.class_dropout_rate > 0.0 and self.has_rng("dropout"):
             dropped = jax.random.bernoulli(self.make_rng("dropout"), self.class_dropout_rate, labels.shape)
             labels = jnp.where(dropped, self.null_class, labels)
         x = jnp.concatenate([self.embed_labels(labels), self.embed_codes(codes[:, :-1])], axis=1)
         x = self.token_dropout(nn.with_logical_constraint(x, ("batch", None, None)))
         x, _ = self.layers(x, self.rope())
-        return self.logits(x)
+        return nn.with_logical_constraint(self.norm(x), ("batch", None, None))

@@ -22,7 +22,15 @@ FORMAT_VERSION = 1
 VERSIONED_PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 # Fields that change how a stage runs but not what it makes.
-IMMATERIAL_FIELDS = ("log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "scan_unroll", "remat")
+IMMATERIAL_FIELDS = (
+    "log_every",
+    "eval_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "scan_unroll",
+    "remat",
+    "loss_chunks",
+)
 
 
 @dataclasses.dataclass(frozen=True)

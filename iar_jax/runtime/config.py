@@ -18,6 +18,8 @@ CHOICES = {
     "codebook.order": ("chain", "path"),
     "codes.crops": ("center", "mirror", "shifts", "ten_crop"),
     "model.dtype": ("float32", "bfloat16"),
+    "model.remat": ("none", "layer", "dots"),
+    "training.cluster_weight_schedule": ("constant", "linear", "cosine"),
     "training.schedule": ("constant", "cosine"),
     "sampling.labels": ("balanced", "uniform"),
     "evaluation.features": ("classifier",),
@@ -211,6 +213,17 @@ def _check_together(config: ConfigDict) -> None:
         raise UserError(
             f"config.tokenizer_training.discriminator_layers is {training.discriminator_layers}, which needs pictures "
             f"of {smallest} pixels; config.data.resolution is {config.data.resolution}"
+        )
+    if config.training.batch_size % config.training.accumulation:
+        raise UserError(
+            f"config.training.accumulation is {config.training.accumulation}, which does not divide "
+            f"config.training.batch_size ({config.training.batch_size})"
+        )
+    positions = grid_size(config) ** 2
+    if positions % config.training.loss_chunks:
+        raise UserError(
+            f"config.training.loss_chunks is {config.training.loss_chunks}, which does not divide the {positions} "
+            f"positions of a picture; {_divisors_near(positions, config.training.loss_chunks)} would"
         )
     if config.model.scan_unroll > config.model.num_layers:
         raise UserError(

@@ -118,7 +118,9 @@ def default_config() -> ConfigDict:
             "drop_path_rate": 0.0,
             "class_dropout_rate": 0.1,
             "dtype": "float32",  # of activations and matrix products; parameters are float32
-            "remat": False,  # recompute layers in the backward pass: less memory, a third more work
+            # What the backward pass recomputes: none; layer: whole layers, a third more work for the least memory;
+            # dots: all but matrix products with weights
+            "remat": "none",
             "scan_unroll": 1,  # layers compiled as one step of the scan; num_layers is fastest on CPUs
         }
     )
@@ -126,7 +128,11 @@ def default_config() -> ConfigDict:
         {
             "num_steps": 1_500_000,
             "batch_size": 256,
+            "accumulation": 1,  # parts that a batch is taken in, one after the other, to save memory
+            "loss_chunks": 1,  # parts that the head and the loss take the positions in: less memory for large codebooks
             "cluster_weight": 1.0,  # lambda; 0 is LlamaGen's plain cross-entropy
+            "cluster_weight_schedule": "constant",  # or linear or cosine, to cluster_weight_end at the last step
+            "cluster_weight_end": 0.0,
             "learning_rate": 1e-4,
             "schedule": "constant",
             "warmup_steps": 0,

@@ -91,13 +91,15 @@ def unbox(boxed: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.value if is_box(leaf) else leaf, boxed, is_leaf=is_box)
 
 
-def check_batch_size(mesh: Mesh, batch_size: int, field: str) -> None:
-    """Raises UserError when a global batch cannot be split over the mesh."""
-    shards = num_batch_shards(mesh)
-    if batch_size % shards:
+def check_batch_size(mesh: Mesh, batch_size: int, field: str, accumulation: int = 1) -> None:
+    """Raises UserError when a global batch, or each of its parts, cannot be split over the mesh."""
+    parts = num_batch_shards(mesh) * accumulation
+    if batch_size % parts:
+        factors = f"data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}"
+        factors += f" x accumulation {accumulation}" if accumulation > 1 else ""
         raise UserError(
-            f"{field} is {batch_size}; it must be a multiple of data {mesh.shape['data']} x fsdp "
-            f"{mesh.shape['fsdp']} = {shards}, the parts that the mesh splits a batch into"
+            f"{field} is {batch_size}; it must be a multiple of {factors} = {parts}, the parts that a batch is split "
+            "into"
         )
 
 

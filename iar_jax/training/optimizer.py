@@ -29,6 +29,15 @@ def learning_rate_schedule(kind: str, peak: float, warmup_steps: int, num_steps:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, max(1, warmup_steps)), after], [warmup_steps])
 
 
+def cluster_weight_schedule(kind: str, first: float, last: float, num_steps: int) -> optax.Schedule:
+    """Lambda over the steps: "constant" at `first`, or "linear" or "cosine" from `first` to `last` at num_steps."""
+    if kind == "linear":
+        return optax.linear_schedule(first, last, num_steps)
+    if kind == "cosine":
+        return lambda step: last + (first - last) * optax.cosine_decay_schedule(1.0, num_steps)(step)
+    return optax.constant_schedule(first)
+
+
 def make_optimizer(
     learning_rate: optax.ScalarOrSchedule, *, b1: float, b2: float, weight_decay: float, clip_norm: float
 ) -> optax.GradientTransformation:

@@ -97,7 +97,7 @@ def test_scan_unrolling_and_remat_do_not_change_the_model():
     params = initial(small())
     labels, codes = jnp.array([0, 2]), jnp.arange(18).reshape(2, 9)
     expected = small().apply({"params": params}, labels, codes)
-    for other in (small(scan_unroll=2), small(remat=True)):
+    for other in (small(scan_unroll=2), small(remat="layer"), small(remat="dots")):
         np.testing.assert_allclose(other.apply({"params": params}, labels, codes), expected, atol=1e-5)
 
 

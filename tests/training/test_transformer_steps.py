@@ -1,6 +1,7 @@
 """If these fail, training on a mesh is another computation than on one device, or resumes into another."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 
 from iar_jax.models.transformer import Transformer
 from iar_jax.runtime import sharding
-from iar_jax.training.optimizer import decay_mask, learning_rate_schedule, make_optimizer
+from iar_jax.training.optimizer import cluster_weight_schedule, decay_mask, learning_rate_schedule, make_optimizer
 from iar_jax.training.state import update_ema
 from iar_jax.training.transformer_steps import init_train_state, make_eval_step, make_train_step
 
@@ -17,16 +18,16 @@ LABELS = np.arange(8, dtype=np.int32) % 10
 CODES = np.random.default_rng(0).integers(0, 64, (8, 16)).astype(np.int32)
 
 
-def pieces(**fields):
-    model = Transformer(64, 10, 4, 32, 2, 4, 64, **{"init_std": 0.2, "ffn_dropout_rate": 0.1, **fields})
+def pieces(step_options=None, **fields):
+    model = Transformer(64, 10, 4, 32, 2, 8, 64, **{"init_std": 0.2, "ffn_dropout_rate": 0.1, **fields})
     optimizer = make_optimizer(1e-2, b1=0.9, b2=0.95, weight_decay=0.05, clip_norm=1.0)
-    step = make_train_step(model, optimizer, cluster_size=8, cluster_weight=1.0, ema_decay=0.9, key=jax.random.key(5))
-    return model, optimizer, step
+    options = {"cluster_size": 8, "cluster_weight": 1.0, "ema_decay": 0.9, "loss_chunks": 2, **(step_options or {})}
+    return model, optimizer, make_train_step(model, optimizer, key=jax.random.key(5), **options)
 
 
-def run(shape, num_steps=2, **fields):
+def run(shape, num_steps=2, step_options=None, **fields):
     mesh = sharding.make_mesh(*shape) if shape else None
-    model, optimizer, step = pieces(**fields)
+    model, optimizer, step = pieces(step_options, **fields)
     if mesh is None:  # one device
         mesh = jax.make_mesh(
             (1, 1, 1), sharding.MESH_AXES, devices=jax.devices()[:1], axis_types=(jax.sharding.AxisType.Auto,) * 3
@@ -49,7 +50,7 @@ def one_device():
     return run(None)
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 1, 4), (2, 2, 2)])
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)])
 def test_two_steps_on_a_mesh_equal_those_on_one_device(one_device, shape):
     expected, expected_history = one_device
     state, history = run(shape)
@@ -63,6 +64,43 @@ def test_two_steps_on_a_mesh_equal_those_on_one_device(one_device, shape):
             wanted = wanted[entry.key]
         difference = np.abs(leaf - wanted)
         assert np.quantile(difference, 0.99) < 1e-5, path
+
+
+@pytest.mark.parametrize("shape", [None, (2, 2, 2)])
+def test_accumulated_parts_equal_the_whole_batch(shape):
+    # Without dropout, which each part draws for itself.
+    (expected, wanted), (state, found) = (
+        run(shape, step_options={"accumulation": count}, ffn_dropout_rate=0.0) for count in (1, 2)
+    )
+    for ours, theirs in zip(found, wanted, strict=True):
+        for name in theirs:
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=2e-5, atol=1e-6, err_msg=name)
+    for ours, theirs in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected.params), strict=True):
+        assert np.quantile(np.abs(ours - theirs), 0.99) < 1e-5
+
+
+def test_the_cluster_loss_costs_at_most_a_hundredth():
+    def cost(weight):
+        model, optimizer, step = pieces({"cluster_weight": weight, "loss_chunks": 1})
+        init = functools.partial(init_train_state, model=model, optimizer=optimizer)
+        state = jax.eval_shape(lambda key: sharding.unbox(init(key)), jax.random.key(0))
+        found = jax.jit(step).lower(state, LABELS, CODES).compile().cost_analysis()
+        return found["flops"], found["bytes accessed"]
+
+    for with_clusters, without in zip(cost(1.0), cost(0.0), strict=True):
+        assert with_clusters <= 1.01 * without
+
+
+def test_lambda_follows_its_schedule():
+    linear = cluster_weight_schedule("linear", 1.0, 0.0, 100)
+    np.testing.assert_allclose([linear(0), linear(50), linear(100)], [1.0, 0.5, 0.0])
+    cosine = cluster_weight_schedule("cosine", 2.0, 1.0, 100)
+    np.testing.assert_allclose([cosine(0), cosine(50), cosine(100)], [2.0, 1.5, 1.0], atol=1e-6)
+    constant = cluster_weight_schedule("constant", 0.7, 0.0, 100)
+    np.testing.assert_allclose([constant(0), constant(99)], [0.7, 0.7])
+    _, history = run(None, 3, {"cluster_weight": cluster_weight_schedule("linear", 1.0, 0.0, 2)})
+    for found, weight in zip(history, (1.0, 0.5, 0.0), strict=True):
+        np.testing.assert_allclose(found["loss"], found["token_loss"] + weight * found["cluster_loss"], rtol=1e-6)
 
 
 def test_the_first_loss_is_that_of_a_zero_head(one_device):
