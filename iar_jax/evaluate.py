@@ -290,8 +290,8 @@ def trained_classifier(
             seed=config.seed,
             batch_size=section.classifier_batch_size,
             first_step=training.step,
-            process_index=0,
-            process_count=1,
+            part=0,
+            num_parts=1,
         )
         for _ in training.steps():
             batch = sharding.global_batch(mesh, next(batches))

@@ -17,7 +17,7 @@ from iar_jax.data import loader
 from iar_jax.data.codes import CodeSource, FirstCrop, random_crop_codes, read_permutation
 from iar_jax.models.build import build_transformer, load_transformer, transformer_facts
 from iar_jax.models.transformer import Transformer
-from iar_jax.runtime import artifacts, checkpoint, command_line, sharding
+from iar_jax.runtime import artifacts, checkpoint, command_line, distributed, sharding
 from iar_jax.runtime.errors import UserError
 from iar_jax.runtime.progress import say
 from iar_jax.training import transformer_steps
@@ -94,7 +94,8 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         loss_chunks=section.loss_chunks,
     )
     eval_step = jax.jit(
-        transformer_steps.make_eval_step(model, cluster_size=permutation.cluster_size, loss_chunks=section.loss_chunks)
+        transformer_steps.make_eval_step(model, cluster_size=permutation.cluster_size, loss_chunks=section.loss_chunks),
+        out_shardings=sharding.replicated(mesh),
     )
 
     with (
@@ -116,14 +117,15 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
             state = with_initial_weights(state, initial_directory, model, mesh)
         state = training.resume(state, checkpoint.abstract_tree(state, shardings))
         step_fn = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
+        part, num_parts = sharding.local_part(mesh)
         batches = loader.train_batches(
             source,
             random_crop_codes,
             seed=config.seed,
             batch_size=section.batch_size,
             first_step=training.step,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            part=part,
+            num_parts=num_parts,
         )
 
         def validated(state: TrainState) -> dict[str, float]:
@@ -136,7 +138,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         figures = training.log_validation(validated(state))
         seconds = training.seconds
 
-    fingerprint = artifacts.fingerprint_arrays(jax.device_get(state.ema_params))
+    fingerprint = artifacts.fingerprint_arrays(distributed.to_host(state.ema_params))
     num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     facts = transformer_facts(model)
     artifacts.finish(
@@ -181,7 +183,7 @@ def validate(eval_step, params, source: FirstCrop, mesh: Mesh, batch_size: int) 
     """Losses and accuracies over the val split, without dropout of any kind."""
     sums: dict[str, float] = {}
     for batch in loader.eval_batches(source, batch_size):
-        inputs = sharding.global_batch(mesh, batch)
+        inputs = sharding.global_batch(mesh, sharding.part_of(mesh, batch))
         found = jax.device_get(eval_step(params, inputs["label"], inputs["codes"], inputs["valid"]))
         sums = {name: sums.get(name, 0.0) + float(value) for name, value in found.items()}
     count = sums.pop("count")

@@ -6,7 +6,6 @@ python -m iar_jax.train_tokenizer --config=configs/mnist.py --workdir=runs/mnist
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
@@ -16,7 +15,7 @@ from iar_jax.data.images import ImageDataset, open_images
 from iar_jax.interop.lpips import load_lpips
 from iar_jax.models.build import build_tokenizer
 from iar_jax.models.discriminator import PatchDiscriminator
-from iar_jax.runtime import artifacts, checkpoint, command_line, sharding
+from iar_jax.runtime import artifacts, checkpoint, command_line, distributed, sharding
 from iar_jax.runtime.progress import say
 from iar_jax.training import tokenizer_steps
 from iar_jax.training.loop import TrainingRun
@@ -100,15 +99,16 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
             functools.partial(tokenizer_steps.restart_dead_codes, model, dead_below=section.dead_below),
             out_shardings=shardings,
         )
-        evaluate = jax.jit(tokenizer_steps.make_tokenizer_eval_step(model))
+        evaluate = jax.jit(tokenizer_steps.make_tokenizer_eval_step(model), out_shardings=sharding.replicated(mesh))
+        part, num_parts = sharding.local_part(mesh)
         batches = loader.train_batches(
             images.train,
             functools.partial(augment, config.data),
             seed=config.seed,
             batch_size=section.batch_size,
             first_step=training.step,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            part=part,
+            num_parts=num_parts,
         )
 
         def validated(state: TokenizerState) -> tuple[dict, np.ndarray, np.ndarray]:
@@ -135,7 +135,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     scale = pictures.scale_to_see(config.data.resolution)
     path = directory / "samples" / f"reconstructions-{section.num_steps:07d}.png"
     pictures.write_png(path, pictures.image_grid(pairs, columns=len(originals[:10]), scale=scale))
-    fingerprint = artifacts.fingerprint_arrays(jax.device_get(state.ema_params))
+    fingerprint = artifacts.fingerprint_arrays(distributed.to_host(state.ema_params))
     unreadable = list(images.unreadable)
     artifacts.finish(directory, fingerprint, figures | {"seconds": seconds, "unreadable": unreadable})
     say(
@@ -154,11 +154,11 @@ def augment(section: ConfigDict, record: dict, rng: np.random.Generator) -> dict
     return {"image": preprocessing.to_unit_range(pixels)}
 
 
-def seed_images(config: ConfigDict, images: ImageDataset) -> jax.Array:
+def seed_images(config: ConfigDict, images: ImageDataset) -> np.ndarray:
     """The training pictures, the same in every run, whose encoder outputs become the first codes."""
     count = min(config.tokenizer_training.seed_images, len(images.train))
     chosen = np.random.default_rng(config.seed).permutation(len(images.train))[:count]
-    return jnp.stack([preprocessing.to_unit_range(images.train[int(i)]["image"]) for i in chosen])
+    return np.stack([preprocessing.to_unit_range(images.train[int(i)]["image"]) for i in chosen])
 
 
 def validate(evaluate, params, images: ImageDataset, mesh, batch_size: int) -> tuple[dict, np.ndarray, np.ndarray]:
@@ -167,9 +167,8 @@ def validate(evaluate, params, images: ImageDataset, mesh, batch_size: int) -> t
     firsts: list[np.ndarray] = []
     counts = np.zeros(())
     for batch in loader.eval_batches(images.val, batch_size):
-        inputs = sharding.global_batch(
-            mesh, {"image": preprocessing.to_unit_range(batch["image"]), "valid": batch["valid"]}
-        )
+        inputs = {"image": preprocessing.to_unit_range(batch["image"]), "valid": batch["valid"]}
+        inputs = sharding.global_batch(mesh, sharding.part_of(mesh, inputs))
         reconstructions, psnr, uses = evaluate(params, inputs["image"], inputs["valid"])
         psnrs.append(np.asarray(psnr)[batch["valid"]])
         counts = counts + np.asarray(uses)

@@ -16,21 +16,21 @@ def train_batches(
     seed: int,
     batch_size: int,
     first_step: int,
-    process_index: int,
-    process_count: int,
+    part: int,
+    num_parts: int,
 ) -> Iterator[dict[str, np.ndarray]]:
     """This process' rows of the global batches first_step, first_step + 1, ...
 
     The source is shuffled anew each epoch and repeated; the global batch of step s is the block
-    [s * batch_size, (s + 1) * batch_size) of that sequence, and process p takes its p-th contiguous part. So the
+    [s * batch_size, (s + 1) * batch_size) of that sequence, and part p is its p-th contiguous piece. So the
     sequence of global batches is the same for any number of processes, and any step can be the first.
 
     Args:
         source: random access to records, dicts of arrays.
         augment: called with a record and a generator that depends on the seed and the record's place alone.
-        batch_size: global; a multiple of process_count.
+        batch_size: global; a multiple of num_parts.
     """
-    local_batch = batch_size // process_count
+    local_batch = batch_size // num_parts
     blocks = (
         grain.MapDataset.source(source)
         .seed(seed)
@@ -38,8 +38,8 @@ def train_batches(
         .repeat(ENDLESS // len(source))
         .random_map(augment)
         .batch(local_batch)
-    )  # block k of a process' size: process k % process_count, step k // process_count
-    mine = blocks[first_step * process_count + process_index :: process_count]
+    )  # block k of a part's size: part k % num_parts of step k // num_parts
+    mine = blocks[first_step * num_parts + part :: num_parts]
     return iter(mine.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
 
 

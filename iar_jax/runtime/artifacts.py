@@ -15,6 +15,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from iar_jax.runtime import distributed
 from iar_jax.runtime.errors import UserError
 
 FORMAT_VERSION = 1
@@ -119,7 +120,9 @@ def begin(directory: epath.Path, stage: str, config: dict[str, Any], inputs: dic
         UserError: as `finished`.
     """
     done = finished(directory, config, inputs)
-    if read_metadata(directory) is None:
+    new = read_metadata(directory) is None
+    distributed.wait_for_all(f"begin {stage}")
+    if new:
         directory.mkdir(parents=True, exist_ok=True)
         _write(directory, Metadata(stage, False, "", inputs, config, {}, _versions()))
     return done
@@ -190,9 +193,11 @@ def _differences(old: Any, new: Any, field: str):
 
 
 def _write(directory: epath.Path, metadata: Metadata) -> None:
-    partial = directory / "metadata.json.partial"
-    partial.write_text(json.dumps(dataclasses.asdict(metadata), indent=2) + "\n")
-    partial.replace(directory / "metadata.json")
+    if distributed.is_first():
+        partial = directory / "metadata.json.partial"
+        partial.write_text(json.dumps(dataclasses.asdict(metadata), indent=2) + "\n")
+        partial.replace(directory / "metadata.json")
+    distributed.wait_for_all(f"metadata of {directory.name}")
 
 
 def _versions() -> dict[str, str]:

@@ -3,13 +3,16 @@
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
+import jax
 from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
+from iar_jax.runtime import distributed
 from iar_jax.runtime.config import check_config, field_names, unknown_field
 from iar_jax.runtime.default_config import default_config
 from iar_jax.runtime.errors import UserError
@@ -31,6 +34,7 @@ def main(run: Callable[[ConfigDict, epath.Path], None]) -> NoReturn:
 
     def guarded(_):
         try:
+            distributed.initialise()
             config = flags.FLAGS.config
             check_config(config)
             logging.set_verbosity(logging.WARNING)
@@ -40,9 +44,16 @@ def main(run: Callable[[ConfigDict, epath.Path], None]) -> NoReturn:
         except UserError as error:
             _fail(str(error), EXIT_USER_ERROR)
         except Interrupted as stop:
+            distributed.wait_for_all("stopped")
             _fail(str(stop), 128 + stop.signal_number)
         except KeyboardInterrupt:
             _fail("stopped; run the same command to go on", 128 + signal.SIGINT)
+        except Exception:
+            if jax.process_count() > 1:
+                # Others may wait for this process in a collective: they are to hear of its end at once.
+                traceback.print_exc()
+                distributed.leave(1)
+            raise
 
     app.run(guarded, flags_parser=_parse)
 
@@ -96,6 +107,8 @@ def _explain(argv: list[str], error: Exception) -> str:
 
 def save_config(config: ConfigDict, workdir: epath.Path) -> None:
     """Writes the resolved config to workdir/config.json, whole or not at all."""
+    if not distributed.is_first():
+        return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         partial = workdir / "config.json.partial"
@@ -107,4 +120,6 @@ def save_config(config: ConfigDict, workdir: epath.Path) -> None:
 
 def _fail(message: str, code: int) -> NoReturn:
     print(f"\n{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
+    if distributed.joined():
+        distributed.leave(code)
     sys.exit(code)

@@ -5,6 +5,8 @@ import signal
 from collections.abc import Iterator
 from typing import Any
 
+from iar_jax.runtime import distributed
+
 
 class Interrupted(Exception):
     """Raised after the state was saved; carries the signal that asked for it."""
@@ -22,7 +24,10 @@ class StopRequest:
 
 @contextlib.contextmanager
 def catch_stop_signals() -> Iterator[StopRequest]:
-    """Turns the first SIGINT or SIGTERM into a request that the loop looks at; the second acts at once."""
+    """Turns the first SIGINT or SIGTERM into a request that the loop looks at; the second acts at once.
+
+    With several processes SIGTERM is left to JAX, which tells all of them (`distributed.asked_to_stop`).
+    """
     request = StopRequest()
     before: dict[signal.Signals, Any] = {}
 
@@ -31,7 +36,7 @@ def catch_stop_signals() -> Iterator[StopRequest]:
         for name, handler in before.items():
             signal.signal(name, handler)
 
-    for name in (signal.SIGINT, signal.SIGTERM):
+    for name in (signal.SIGINT,) if distributed.joined() else (signal.SIGINT, signal.SIGTERM):
         before[name] = signal.signal(name, handle)
     try:
         yield request

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 from tqdm import tqdm
 
+from iar_jax.runtime import distributed
+
 SECONDS_BETWEEN_LINES = 10.0
 SECONDS_WORTH_A_LINE = 2.0
 
@@ -19,7 +21,8 @@ class Progress:
         self.done, self.start, self.note = first, time.monotonic(), ""
         self.printed, self.printed_done = self.start, -1
         self.bar = None
-        if sys.stderr.isatty():
+        self.silent = not distributed.is_first()
+        if sys.stderr.isatty() and not self.silent:
             self.bar = tqdm(desc=name, total=total, initial=first, unit=f" {unit}", dynamic_ncols=True)
 
     def update(self, count: int = 1, note: str | None = None) -> None:
@@ -34,6 +37,8 @@ class Progress:
             self.line()
 
     def line(self) -> None:
+        if self.silent:
+            return
         self.printed, self.printed_done = time.monotonic(), self.done
         rate = (self.done - self.first) / max(self.printed - self.start, 1e-9)
         left = (self.total - self.done) / rate if rate else 0.0
@@ -58,6 +63,8 @@ def progress(name: str, total: int, unit: str, first: int = 0) -> Iterator[Progr
 
 
 def say(message: str) -> None:
-    """A line for the person at the terminal."""
+    """A line for the person at the terminal; of several processes the first one speaks."""
+    if not distributed.is_first():
+        return
     tqdm.write(message, file=sys.stdout)
     sys.stdout.flush()

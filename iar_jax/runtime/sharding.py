@@ -71,8 +71,34 @@ def num_batch_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def local_part(mesh: Mesh) -> tuple[int, int]:
+    """(part, number of parts) of a global batch that this process' devices hold: rows in equal contiguous parts.
+
+    Processes that share a part (the tensor axis spans them) get the same one.
+
+    Raises:
+        UserError: the mesh gives this process rows that are not such a part.
+    """
+    shards = num_batch_shards(mesh)
+    rows = batch_sharding(mesh).addressable_devices_indices_map((shards,))
+    held = sorted({index[0].indices(shards)[0] for index in rows.values() if index})
+    count = len(held)
+    if held != list(range(held[0], held[0] + count)) or held[0] % count or shards % count:
+        raise UserError(
+            f"config.mesh splits a batch into {shards} parts, of which process {jax.process_index()} would hold parts "
+            f"{held}: choose data and fsdp so that each process holds equally many in a row"
+        )
+    return held[0] // count, shards // count
+
+
+def part_of(mesh: Mesh, batch: Any) -> Any:
+    """This process' rows of a batch that every process has whole."""
+    part, count = local_part(mesh)
+    return jax.tree.map(lambda rows: np.split(rows, count)[part], batch)
+
+
 def global_batch(mesh: Mesh, local_batch: Any) -> Any:
-    """Global arrays from this process' rows, sharded over data and fsdp."""
+    """Global arrays from this process' rows (`local_part`), sharded over data and fsdp."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), local_batch)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from etils import epath
 
+from iar_jax.runtime import distributed
 from iar_jax.runtime.checkpoint import Checkpoints
 from iar_jax.runtime.interruption import Interrupted, catch_stop_signals
 from iar_jax.runtime.metric_log import MetricLog
@@ -88,13 +89,14 @@ class TrainingRun:
         self.progress.update()
         if validate is not None and self.step % self.eval_every == 0 and self.step < self.num_steps:
             self.log_validation(validate(state))
-        if self.stop.signal_number is not None:
+        signal_number = distributed.asked_to_stop(self.step, self.stop.signal_number)
+        if signal_number is not None:
             self.save(state)
             self.checkpoints.manager.wait_until_finished()
             raise Interrupted(
                 f"{self.name} stopped after step {self.step} of {self.num_steps}, which is saved; run the same "
                 "command to go on",
-                self.stop.signal_number,
+                signal_number,
             )
         if self.step % self.checkpoint_every == 0 or self.step == self.num_steps:
             self.save(state)

@@ -90,15 +90,15 @@ def keep(record, rng):
     return record | {"noise": rng.random()}
 
 
-def take(count, batch_size=6, first_step=0, process_index=0, process_count=1):
+def take(count, batch_size=6, first_step=0, part=0, num_parts=1):
     stream = loader.train_batches(
         Numbers(10),
         keep,
         seed=1,
         batch_size=batch_size,
         first_step=first_step,
-        process_index=process_index,
-        process_count=process_count,
+        part=part,
+        num_parts=num_parts,
     )
     return [next(stream) for _ in range(count)]
 
@@ -118,10 +118,10 @@ def test_a_stream_from_a_later_step_is_the_rest_of_the_whole_one():
         np.testing.assert_array_equal(a["noise"], b["noise"])
 
 
-@pytest.mark.parametrize("process_count", [2, 3, 6])
-def test_processes_share_the_same_global_batches(process_count):
+@pytest.mark.parametrize("num_parts", [2, 3, 6])
+def test_processes_share_the_same_global_batches(num_parts):
     whole = take(4, first_step=2)
-    parts = [take(4, first_step=2, process_index=p, process_count=process_count) for p in range(process_count)]
+    parts = [take(4, first_step=2, part=p, num_parts=num_parts) for p in range(num_parts)]
     for step, batch in enumerate(whole):
         for name in ("number", "noise"):
             np.testing.assert_array_equal(np.concatenate([part[step][name] for part in parts]), batch[name])

@@ -185,6 +185,72 @@ def test_a_run_that_was_interrupted_ends_as_the_one_that_was_not(finished, copy)
     assert metadata[0]["fingerprint"] == metadata[1]["fingerprint"]
 
 
+def inputs_of(path):
+    return [f"--config.inputs.{name}={path / name}" for name in ("tokenizer", "codebook", "codes")]
+
+
+def processes(count, devices, workdir, *arguments):
+    """Training as several processes, started."""
+    command = ["bash", "launch/local_processes.sh", str(count), str(devices), sys.executable, "-m", "iar_jax.train"]
+    return subprocess.Popen(
+        [*command, "--config=configs/mnist.py", f"--workdir={workdir}", *TINY, *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def children(process):
+    """Process numbers of the training processes that a launcher has started."""
+    return [int(pid) for pid in pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def test_two_processes_train_as_one_and_a_stopped_run_goes_on_with_one(finished, tmp_path):
+    mesh = [
+        "--config.mesh.data=1",
+        "--config.mesh.fsdp=2",
+        "--config.mesh.tensor=2",
+        "--config.training.accumulation=2",
+    ]
+    options = [*inputs_of(finished.path), *mesh]
+    call("train", tmp_path / "one", *TINY, *options, devices=4)
+    started = processes(2, 2, tmp_path / "two", *options)
+    log = tmp_path / "two" / "train" / "metrics.jsonl"
+    while started.poll() is None and not (log.exists() and '"step": 6,' in log.read_text()):
+        time.sleep(0.05)
+    os.kill(children(started)[-1], signal.SIGTERM)  # one of them
+    output, _ = started.communicate(timeout=120)
+    assert started.returncode == 143, output
+    assert "which is saved" in output
+    call("train", tmp_path / "two", *TINY, *options, devices=4)
+    found, expected = (
+        [json.loads(line) for line in train_metrics(tmp_path / name).splitlines()] for name in ("two", "one")
+    )
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        for name, value in theirs.items():
+            # Sums over processes are added in another order.
+            np.testing.assert_allclose(ours[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_when_one_process_is_killed_none_of_them_hangs(finished, tmp_path):
+    started = processes(2, 1, tmp_path / "run", *inputs_of(finished.path), "--config.training.num_steps=100000")
+    log = tmp_path / "run" / "train" / "metrics.jsonl"
+    while started.poll() is None and not log.exists():
+        time.sleep(0.05)
+    os.kill(children(started)[-1], signal.SIGKILL)
+    started.communicate(timeout=60)
+    assert started.returncode != 0
+
+
+def test_processes_refuse_a_wrong_mesh_together(finished, tmp_path):
+    started = processes(2, 1, tmp_path / "run", *inputs_of(finished.path), "--config.mesh.fsdp=3")
+    output, _ = started.communicate(timeout=60)
+    assert started.returncode == 2, output
+    assert "does not multiply up to the 2 devices" in output
+
+
 def test_extraction_keeps_whole_shards_and_makes_the_others_again(finished, copy):
     directory = copy / "codes" / "train"
     shards = sorted(directory.glob("*.array_record"))
