@@ -5,6 +5,8 @@ python -m iar_jax.train --config=configs/mnist.py --workdir=runs/mnist
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,32 +69,15 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     if grid_size**2 != num_tokens:
         raise UserError(f"{codes_directory} has {num_tokens} codes an image, which is no square grid")
 
-    model = build_transformer(
-        config.model, vocab_size=len(permutation.old_to_new), num_classes=num_classes, grid_size=grid_size
-    )
-    sharding.check_divides(
+    model, init, train_step = make_step(
+        config,
         mesh,
-        {
-            "width of the model": (model.dim, "fsdp"),
-            "heads": (model.num_heads, "tensor"),
-            "hidden units": (model.hidden_dim, "tensor"),
-            "clusters of codes": (model.vocab_size // permutation.cluster_size, "tensor"),
-        },
-    )
-    optimizer = optimizer_of(section)
-    key = jax.random.key(config.seed)
-    train_step = transformer_steps.make_train_step(
-        model,
-        optimizer,
+        vocab_size=len(permutation.old_to_new),
         cluster_size=permutation.cluster_size,
-        cluster_weight=cluster_weight_schedule(
-            section.cluster_weight_schedule, section.cluster_weight, section.cluster_weight_end, section.num_steps
-        ),
-        ema_decay=section.ema_decay,
-        key=jax.random.fold_in(key, 1),
-        accumulation=section.accumulation,
-        loss_chunks=section.loss_chunks,
+        num_classes=num_classes,
+        grid_size=grid_size,
     )
+    key = jax.random.key(config.seed)
     eval_step = jax.jit(
         transformer_steps.make_eval_step(model, cluster_size=permutation.cluster_size, loss_chunks=section.loss_chunks),
         out_shardings=sharding.replicated(mesh),
@@ -111,7 +96,6 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
             keep_checkpoints=section.keep_checkpoints,
         ) as training,
     ):
-        init = functools.partial(transformer_steps.init_train_state, model=model, optimizer=optimizer)
         state, shardings = sharding.initialise_sharded(init, mesh, key)
         if initial_directory:
             state = with_initial_weights(state, initial_directory, model, mesh)
@@ -151,6 +135,42 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         f"{figures['cluster_loss']:.3f}, token accuracy {figures['token_accuracy']:.1%}, cluster accuracy "
         f"{figures['cluster_accuracy']:.1%}"
     )
+
+
+def make_step(
+    config: ConfigDict, mesh: Mesh, *, vocab_size: int, cluster_size: int, num_classes: int, grid_size: int
+) -> tuple[Transformer, Callable[[Any], TrainState], Callable[..., tuple[TrainState, transformer_steps.Metrics]]]:
+    """The model of a config, how its state begins (a function of a key), and its train step.
+
+    Raises:
+        UserError: the mesh does not divide the model.
+    """
+    section = config.training
+    model = build_transformer(config.model, vocab_size=vocab_size, num_classes=num_classes, grid_size=grid_size)
+    sharding.check_divides(
+        mesh,
+        {
+            "width of the model": (model.dim, "fsdp"),
+            "heads": (model.num_heads, "tensor"),
+            "hidden units": (model.hidden_dim, "tensor"),
+            "clusters of codes": (model.vocab_size // cluster_size, "tensor"),
+        },
+    )
+    optimizer = optimizer_of(section)
+    train_step = transformer_steps.make_train_step(
+        model,
+        optimizer,
+        cluster_size=cluster_size,
+        cluster_weight=cluster_weight_schedule(
+            section.cluster_weight_schedule, section.cluster_weight, section.cluster_weight_end, section.num_steps
+        ),
+        ema_decay=section.ema_decay,
+        key=jax.random.fold_in(jax.random.key(config.seed), 1),
+        accumulation=section.accumulation,
+        loss_chunks=section.loss_chunks,
+    )
+    init = functools.partial(transformer_steps.init_train_state, model=model, optimizer=optimizer)
+    return model, init, train_step
 
 
 def read_codes_metadata(

@@ -4,6 +4,7 @@ python -m iar_jax.train_tokenizer --config=configs/mnist.py --workdir=runs/mnist
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from iar_jax.data.images import ImageDataset, open_images
 from iar_jax.interop.lpips import load_lpips
 from iar_jax.models.build import build_tokenizer
 from iar_jax.models.discriminator import PatchDiscriminator
+from iar_jax.models.vqgan import VQModel
 from iar_jax.runtime import artifacts, checkpoint, command_line, distributed, sharding
 from iar_jax.runtime.progress import say
 from iar_jax.training import tokenizer_steps
@@ -38,41 +40,8 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     images = open_images(config.data)
     artifacts.begin(directory, "train_tokenizer", relevant, {"images": images.fingerprint})
 
-    model = build_tokenizer(config.tokenizer)
-    discriminator = None
-    if section.adversarial_weight > 0.0:
-        discriminator = PatchDiscriminator(section.discriminator_channels, section.discriminator_layers)
-    perceptual_distance = None
-    if section.perceptual_weight > 0.0:
-        perceptual_distance = load_lpips(section.vgg_weights, section.lpips_weights)
-    optimizer = optimizer_of(section)
+    model, discriminator, init, make_step = make_steps(config)
     key = jax.random.key(config.seed)
-    init = functools.partial(
-        tokenizer_steps.init_tokenizer_state,
-        model=model,
-        discriminator=discriminator,
-        optimizer=optimizer,
-        resolution=config.data.resolution,
-    )
-    make_step = functools.partial(
-        tokenizer_steps.make_tokenizer_train_step,
-        model,
-        discriminator,
-        optimizer,
-        tokenizer_steps.TokenizerLossWeights(
-            l1=section.l1_weight,
-            l2=section.l2_weight,
-            perceptual=section.perceptual_weight,
-            codebook=section.codebook_weight,
-            commitment=section.commitment_weight,
-            entropy=section.entropy_weight,
-            adversarial=section.adversarial_weight,
-        ),
-        perceptual_distance=perceptual_distance,
-        ema_decay=section.ema_decay,
-        usage_decay=0.99,
-        quantize_from_step=section.quantize_from_step,
-    )
 
     with (
         sharding.use_mesh(mesh),
@@ -142,6 +111,47 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         f"train_tokenizer: PSNR {figures['psnr']:.2f} dB, {figures['codebook_usage']:.1%} of the codebook used on val; "
         f"pictures in {path}"
     )
+
+
+def make_steps(config: ConfigDict) -> tuple[VQModel, PatchDiscriminator | None, Callable, Callable]:
+    """The tokenizer of a config, its discriminator (None where the adversarial loss is off), how its state begins (a
+    function of a key), and `make_step(adversarial=...)`, which makes its train step."""
+    section = config.tokenizer_training
+    model = build_tokenizer(config.tokenizer)
+    discriminator = None
+    if section.adversarial_weight > 0.0:
+        discriminator = PatchDiscriminator(section.discriminator_channels, section.discriminator_layers)
+    perceptual_distance = None
+    if section.perceptual_weight > 0.0:
+        perceptual_distance = load_lpips(section.vgg_weights, section.lpips_weights)
+    optimizer = optimizer_of(section)
+    init = functools.partial(
+        tokenizer_steps.init_tokenizer_state,
+        model=model,
+        discriminator=discriminator,
+        optimizer=optimizer,
+        resolution=config.data.resolution,
+    )
+    make_step = functools.partial(
+        tokenizer_steps.make_tokenizer_train_step,
+        model,
+        discriminator,
+        optimizer,
+        tokenizer_steps.TokenizerLossWeights(
+            l1=section.l1_weight,
+            l2=section.l2_weight,
+            perceptual=section.perceptual_weight,
+            codebook=section.codebook_weight,
+            commitment=section.commitment_weight,
+            entropy=section.entropy_weight,
+            adversarial=section.adversarial_weight,
+        ),
+        perceptual_distance=perceptual_distance,
+        ema_decay=section.ema_decay,
+        usage_decay=0.99,
+        quantize_from_step=section.quantize_from_step,
+    )
+    return model, discriminator, init, make_step
 
 
 def augment(section: ConfigDict, record: dict, rng: np.random.Generator) -> dict:

@@ -1,0 +1,291 @@
+"""Compiles the real train step for chips that are not here, and tells what it takes: memory, network, time.
+
+    python launch/compile_ahead.py --config=configs/imagenet.py:XXL,384 --topology=v5e:16x16
+    python launch/compile_ahead.py --config=configs/imagenet.py:B,256 --topology=h100:8 --json=b.json
+    python launch/compile_ahead.py --config=configs/imagenet.py:B,256 --topology=v5p:2x2x1 --stage=train_tokenizer
+
+TPUs (v4, v5e, v5p, v6e) need `pip install 'jax[tpu]==0.10.2'`, H100s
+`pip install --no-deps jax-cuda12-plugin==0.10.2 jax-cuda12-pjrt==0.10.2`, each in an environment of its own; no
+accelerator and no driver. Times are lower bounds at peak rates: real steps take two or three times as long.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+
+# Before jax: the compilers must not look for hardware.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-16"}
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh
+from ml_collections import ConfigDict, config_flags
+
+from iar_jax import train, train_tokenizer
+from iar_jax.models.transformer import Transformer
+from iar_jax.runtime import sharding
+from iar_jax.runtime.compiled_cost import CHIPS, Chip, collective_traffic, step_bound, transformer_flops
+from iar_jax.runtime.config import check_config, grid_size
+from iar_jax.runtime.errors import UserError
+
+config_flags.DEFINE_config_file("config", None, "Path of the config, with its argument after a colon.")
+flags.DEFINE_string("topology", None, "CHIP:SHAPE, as v5e:16x16, v5p:4x4x4 or h100:8 (h100:2x8 is two nodes).")
+flags.DEFINE_enum("stage", "train", ("train", "train_tokenizer"), "Whose train step.")
+flags.DEFINE_string("json", None, "File to write the figures to.")
+flags.DEFINE_integer("num_classes", 1000, "Classes of the data set.")
+
+# What a compiler for an H100 has to know of it.
+H100 = """
+gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+ shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+ block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+ memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84929347584
+ shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 }
+ registers_per_core_limit: 65536 registers_per_block_limit: 65536 }
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 } runtime_version { major: 12 minor: 9 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+def main(_) -> None:
+    options = flags.FLAGS
+    try:
+        if options.config is None or not options.topology:
+            raise UserError("give --config=configs/FILE.py and --topology=CHIP:SHAPE")
+        check_config(options.config)
+        figures = compile_and_measure(options.config, options.topology, options.stage, options.num_classes)
+    except UserError as error:
+        print(f"\ncompile_ahead.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    print_table(figures)
+    if options.json:
+        partial = options.json + ".partial"
+        with open(partial, "w") as file:
+            json.dump(figures, file, indent=2)
+        os.replace(partial, options.json)
+
+
+def compile_and_measure(config: ConfigDict, topology: str, stage: str, num_classes: int) -> dict:
+    """All figures of a stage's train step on a topology, as plain data."""
+    chip, devices, platform = devices_of(topology)
+    shape = sharding.mesh_shape(**config.mesh, num_devices=len(devices))
+    mesh = Mesh(arranged(devices, shape), sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    section = config.training if stage == "train" else config.tokenizer_training
+    accumulation = section.accumulation if stage == "train" else 1
+    sharding.check_batch_size(mesh, section.batch_size, f"config.{_section(stage)}.batch_size", accumulation)
+    start = time.monotonic()
+    # Made before the mesh is set: nothing can be computed on chips that are not there.
+    init, step, batch, flops = recipe(config, mesh, stage, num_classes)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    with sharding.use_mesh(mesh):
+        boxed = jax.eval_shape(init, key)
+        shardings = sharding.tree_shardings(mesh, boxed)
+        state = jax.tree.map(
+            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+            sharding.unbox(boxed),
+            shardings,
+        )
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
+        try:
+            compiled = jitted.trace(state, *batch).lower(lowering_platforms=(platform,)).compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            # The compiler gives up where a program cannot be placed in memory at all.
+            raise UserError(f"the step does not fit: {str(error).splitlines()[0]}\n{advice(chip)}") from error
+    memory = compiled.memory_analysis()
+    peak = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes
+    )
+    traffic = collective_traffic(compiled.as_text(), dict(mesh.shape))
+    touched = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    bound = step_bound(chip, len(devices), model_flops=flops or 0.0, bytes_touched=touched, traffic=traffic)
+    steps = section.num_steps
+    return {
+        "stage": stage,
+        "topology": topology,
+        "chip": chip.name,
+        "rates_from": chip.source,
+        "devices": len(devices),
+        "mesh": dict(mesh.shape),
+        "batch_size": section.batch_size,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        "bytes_per_device": {
+            "parameters": per_device(state.params),
+            "optimizer": per_device(state.opt_state),
+            "ema": per_device(state.ema_params),
+            "temporaries": memory.temp_size_in_bytes,
+            "peak": peak,
+        },
+        "capacity": chip.memory,
+        "fits": peak <= chip.memory,
+        "model_flops_per_step": flops,
+        "collectives": [
+            {
+                "kind": item.kind,
+                "axes": list(item.axes),
+                "devices": item.group_size,
+                "count": item.count,
+                "bytes_sent": item.bytes_sent,
+            }
+            for item in traffic
+        ],
+        "lower_bound_seconds": {
+            "compute": bound.compute if flops else None,
+            "memory": bound.memory,
+            "network": bound.network,
+            "step": bound.seconds,
+            "bound_by": bound.bound_by,
+        },
+        "images_per_second_at_most": section.batch_size / bound.seconds,
+        "recipe": {
+            "steps": steps,
+            "hours_at_least": steps * bound.seconds / 3600,
+            "chip_hours_at_least": steps * bound.seconds / 3600 * len(devices),
+        },
+        "compile_seconds": time.monotonic() - start,
+    }
+
+
+def recipe(config: ConfigDict, mesh: Mesh, stage: str, num_classes: int):
+    """How the state begins, the step, the shapes of a batch, and the FLOPs of a step (None where not counted)."""
+    rows = sharding.batch_sharding(mesh)
+    if stage == "train_tokenizer":
+        _, discriminator, init, make_step = train_tokenizer.make_steps(config)
+        size, batch_size = config.data.resolution, config.tokenizer_training.batch_size
+        images = jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.float32, sharding=rows)
+        return init, make_step(adversarial=discriminator is not None), (images,), None
+    batch_size = config.training.batch_size
+    model, init, step = train.make_step(
+        config,
+        mesh,
+        vocab_size=config.tokenizer.codebook_size,
+        cluster_size=config.codebook.cluster_size,
+        num_classes=num_classes,
+        grid_size=grid_size(config),
+    )
+    labels = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=rows)
+    codes = jax.ShapeDtypeStruct((batch_size, model.num_tokens), jnp.int32, sharding=rows)
+    return init, step, (labels, codes), flops_of(model, batch_size)
+
+
+def flops_of(model: Transformer, batch_size: int) -> float:
+    return transformer_flops(
+        num_layers=model.num_layers,
+        dim=model.dim,
+        hidden_dim=model.hidden_dim,
+        vocab_size=model.vocab_size,
+        num_tokens=model.num_tokens,
+        batch_size=batch_size,
+    )
+
+
+def devices_of(topology: str) -> tuple[Chip, list, str]:
+    """The chip, the devices and the platform of a topology.
+
+    Raises:
+        UserError: an unknown chip or shape, or its compiler is not installed.
+    """
+    name, _, shape = topology.partition(":")
+    if name not in CHIPS or not all(part.isdigit() for part in shape.split("x")):
+        raise UserError(f"--topology={topology}: allowed are CHIP:SHAPE with a chip of {', '.join(CHIPS)}")
+    try:
+        if name == "h100":
+            sizes = [int(part) for part in shape.split("x")]
+            nodes, gpus = sizes if len(sizes) == 2 else (1, math.prod(sizes))
+            found = topologies.get_topology_desc(
+                platform="cuda", topology_name="h100", target_config=H100, topology=f"1x{nodes}x{gpus}"
+            )
+            return CHIPS[name], list(found.devices), "cuda"
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+        return CHIPS[name], list(found.devices), "tpu"
+    except (RuntimeError, NotImplementedError, ValueError, ImportError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:300]
+        needed = (
+            "pip install --no-deps jax-cuda12-plugin==0.10.2 jax-cuda12-pjrt==0.10.2"
+            if name == "h100"
+            else "pip install 'jax[tpu]==0.10.2'"
+        )
+        raise UserError(f"--topology={topology}: no compiler for it ({reason}); try {needed}") from error
+
+
+def arranged(devices: list, shape: tuple[int, int, int]):
+    """Devices as a mesh: neighbours on the torus beside each other where that is possible."""
+    from jax.experimental import mesh_utils
+
+    try:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    except (ValueError, NotImplementedError, AssertionError):
+        import numpy as np
+
+        return np.asarray(devices).reshape(shape)
+
+
+def per_device(tree) -> int:
+    """Bytes of a tree's shards on one device."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def advice(chip: Chip) -> str:
+    return (
+        f"to fit {chip.memory / 1e9:.0f} GB: a larger config.mesh.fsdp, config.model.remat=layer, a larger "
+        "config.training.accumulation or config.training.loss_chunks, a smaller batch, or more chips"
+    )
+
+
+def _section(stage: str) -> str:
+    return "training" if stage == "train" else "tokenizer_training"
+
+
+def print_table(f: dict) -> None:
+    """The figures for a person."""
+    mesh = " x ".join(f"{name} {size}" for name, size in f["mesh"].items())
+    gb = {name: value / 1e9 for name, value in f["bytes_per_device"].items()}
+    bound = f["lower_bound_seconds"]
+    fits = "fits" if f["fits"] else "DOES NOT FIT"
+    lines = [
+        (f["stage"], f"{f['parameters']:,} parameters, batch {f['batch_size']}"),
+        ("on", f"{f['devices']} x {f['chip']} ({f['topology']}), mesh {mesh}"),
+        ("parameters a device", f"{gb['parameters']:.3f} GB, optimizer {gb['optimizer']:.3f}, EMA {gb['ema']:.3f}"),
+        ("peak memory a device", f"{gb['peak']:.2f} GB of {f['capacity'] / 1e9:.1f} GB: {fits}"),
+    ]
+    if f["model_flops_per_step"]:
+        lines.append(("model FLOPs a step", f"{f['model_flops_per_step']:.3e} (causal half, nothing recomputed)"))
+    lines += [
+        (
+            item["kind"],
+            f"{item['bytes_sent'] / 1e6:.1f} MB sent a device and step over {', '.join(item['axes'])} "
+            f"({item['devices']} devices, {item['count']} times)",
+        )
+        for item in f["collectives"]
+        if item["bytes_sent"] >= 1e4
+    ]
+    terms = [f"{name} {bound[name] * 1e3:.1f} ms" for name in ("compute", "memory", "network") if bound[name]]
+    lines += [
+        ("step, at least", f"{bound['step'] * 1e3:.1f} ms: {', '.join(terms)} (peak rates: {f['rates_from']})"),
+        ("images a second", f"{f['images_per_second_at_most']:,.0f} at most"),
+        (
+            "the recipe, at least",
+            f"{f['recipe']['steps']:,} steps, {f['recipe']['hours_at_least']:.1f} h, "
+            f"{f['recipe']['chip_hours_at_least']:,.0f} chip-hours",
+        ),
+        ("compiled in", f"{f['compile_seconds']:.0f} s"),
+    ]
+    for name, text in lines:
+        print(f"{name:24}{text}")
+    if not f["fits"]:
+        print(advice(CHIPS[f["topology"].partition(":")[0]]))
+
+
+if __name__ == "__main__":
+    app.run(main)
