@@ -97,15 +97,15 @@ def collective_traffic(text: str, mesh_shape: dict[str, int]) -> list[Traffic]:
     return sorted(traffic, key=lambda item: -item.bytes_sent)
 
 
-def _sent(kind: str, size: float, group: int) -> float:
+def _sent(kind: str, size: int, group: int) -> float:
     """Bytes that a device sends in the best algorithm, by the size of what comes out (of the largest buffer)."""
     share = (group - 1) / group
     return {
         "all-gather": share * size,
         "all-reduce": 2 * share * size,
-        "reduce-scatter": (group - 1) * size,
+        "reduce-scatter": (group - 1.0) * size,
         "all-to-all": share * size,
-        "collective-permute": size,
+        "collective-permute": float(size),
     }[kind]
 
 
