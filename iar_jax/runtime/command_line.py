@@ -45,7 +45,7 @@ def main(run: Callable[[ConfigDict, epath.Path], None]) -> NoReturn:
             _fail(str(error), EXIT_USER_ERROR)
         except Interrupted as stop:
             distributed.wait_for_all("stopped")
-            _fail(str(stop), 128 + stop.signal_number)
+            _fail(str(stop) if distributed.is_first() else "", 128 + stop.signal_number)
         except KeyboardInterrupt:
             _fail("stopped; run the same command to go on", 128 + signal.SIGINT)
         except Exception:
@@ -119,7 +119,8 @@ def save_config(config: ConfigDict, workdir: epath.Path) -> None:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print(f"\n{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
+    if message:
+        print(f"\n{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
     if distributed.joined():
         distributed.leave(code)
     sys.exit(code)

@@ -224,13 +224,57 @@ def test_two_processes_train_as_one_and_a_stopped_run_goes_on_with_one(finished,
     assert started.returncode == 143, output
     assert "which is saved" in output
     call("train", tmp_path / "two", *TINY, *options, devices=4)
-    found, expected = (
-        [json.loads(line) for line in train_metrics(tmp_path / name).splitlines()] for name in ("two", "one")
+    assert_same_metrics(tmp_path / "two", tmp_path / "one")
+
+
+def slurm_is_running():
+    return (
+        shutil.which("sinfo") is not None
+        and subprocess.run(["sinfo"], capture_output=True, check=False).returncode == 0
     )
+
+
+@pytest.mark.skipif(not slurm_is_running(), reason="no SLURM here")
+def test_a_slurm_job_that_is_requeued_goes_on(finished, tmp_path):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+    options = [*inputs_of(finished.path), "--config.mesh.fsdp=2", "--config.training.num_steps=60"]
+    command = [sys.executable, "-m", "iar_jax.train", "--config=configs/mnist.py", f"--workdir={tmp_path / 'run'}"]
+    job = subprocess.run(
+        ["sbatch", "--parsable", f"--output={tmp_path / 'log'}", "--ntasks=2", "--cpus-per-task=1", "--export=ALL",
+         "launch/slurm.sbatch", *command, *TINY, *options],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=True,
+    ).stdout.strip()  # fmt: skip
+    log = tmp_path / "run" / "train" / "metrics.jsonl"
+    wait_until(lambda: log.exists() and '"step": 10,' in log.read_text())
+    subprocess.run(["scontrol", "requeue", job], check=True)
+    wait_until(lambda: "which is saved" in (tmp_path / "log").read_text())
+
+    def started_again():
+        # SLURM holds a requeued job back for two minutes, unless told otherwise.
+        subprocess.run(["scontrol", "update", f"jobid={job}", "StartTime=now"], check=False, capture_output=True)
+        return "start 1" in (tmp_path / "log").read_text()
+
+    wait_until(started_again)
+    wait_until((tmp_path / "run" / "train" / "metadata.json").exists)
+    wait_until(lambda: json.loads((tmp_path / "run" / "train" / "metadata.json").read_text())["finished"])
+    assert "going on from the checkpoint" in (tmp_path / "log").read_text()
+    call("train", tmp_path / "one", *TINY, *options, devices=4)
+    assert_same_metrics(tmp_path / "run", tmp_path / "one")
+
+
+def wait_until(condition, seconds=180):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.2)
+
+
+def assert_same_metrics(run, reference):
+    """Line by line; sums over processes are added in another order."""
+    found, expected = ([json.loads(line) for line in train_metrics(path).splitlines()] for path in (run, reference))
     assert [line["step"] for line in found] == [line["step"] for line in expected]
     for ours, theirs in zip(found, expected, strict=True):
         for name, value in theirs.items():
-            # Sums over processes are added in another order.
             np.testing.assert_allclose(ours[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
