@@ -294,7 +294,7 @@ def trained_classifier(
             num_parts=1,
         )
         for _ in training.steps():
-            batch = sharding.global_batch(mesh, next(batches))
+            batch = sharding.global_batch(mesh, training.next_batch(batches))
             state, metrics = train_step(state, batch["image"], batch["label"])
             training.finished_step(state, metrics)
     params = state.ema_params

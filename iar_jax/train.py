@@ -20,11 +20,12 @@ from iar_jax.data.codes import CodeSource, FirstCrop, random_crop_codes, read_pe
 from iar_jax.models.build import build_transformer, load_transformer, transformer_facts
 from iar_jax.models.transformer import Transformer
 from iar_jax.runtime import artifacts, checkpoint, command_line, distributed, sharding
+from iar_jax.runtime.compiled_cost import transformer_flops
 from iar_jax.runtime.errors import UserError
 from iar_jax.runtime.progress import say
 from iar_jax.training import transformer_steps
 from iar_jax.training.loop import TrainingRun
-from iar_jax.training.optimizer import cluster_weight_schedule, optimizer_of
+from iar_jax.training.optimizer import cluster_weight_schedule, learning_rate_of, optimizer_of
 from iar_jax.training.state import TrainState
 
 
@@ -94,6 +95,14 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
             eval_every=section.eval_every,
             checkpoint_every=section.checkpoint_every,
             keep_checkpoints=section.keep_checkpoints,
+            flops_per_step=transformer_flops(
+                num_layers=model.num_layers,
+                dim=model.dim,
+                hidden_dim=model.hidden_dim,
+                vocab_size=model.vocab_size,
+                num_tokens=model.num_tokens,
+                batch_size=section.batch_size,
+            ),
         ) as training,
     ):
         state, shardings = sharding.initialise_sharded(init, mesh, key)
@@ -116,7 +125,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
             return validate(eval_step, state.ema_params, val_source, mesh, section.batch_size)
 
         for _ in training.steps():
-            batch = sharding.global_batch(mesh, next(batches))
+            batch = sharding.global_batch(mesh, training.next_batch(batches))
             state, metrics = step_fn(state, batch["label"], batch["codes"])
             training.finished_step(state, metrics, validated)
         figures = training.log_validation(validated(state))
@@ -168,6 +177,7 @@ def make_step(
         key=jax.random.fold_in(jax.random.key(config.seed), 1),
         accumulation=section.accumulation,
         loss_chunks=section.loss_chunks,
+        learning_rate=learning_rate_of(section),
     )
     init = functools.partial(transformer_steps.init_train_state, model=model, optimizer=optimizer)
     return model, init, train_step

@@ -84,7 +84,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
             return validate(evaluate, state.ema_params, images, mesh, section.batch_size)
 
         for step in training.steps():
-            batch = sharding.global_batch(mesh, next(batches)["image"])
+            batch = sharding.global_batch(mesh, training.next_batch(batches)["image"])
             if step == section.quantize_from_step and step > 0:
                 state = seed(state, seed_images(config, images), jax.random.fold_in(key, step))
             if (

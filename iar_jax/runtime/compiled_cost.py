@@ -49,6 +49,22 @@ CHIPS = {
 }
 
 
+# What JAX calls these chips (Device.device_kind), by how it begins.
+DEVICE_KINDS = (
+    ("TPU v4", "v4"),
+    ("TPU v5 lite", "v5e"),
+    ("TPU v5e", "v5e"),
+    ("TPU v5", "v5p"),
+    ("TPU v6", "v6e"),
+    ("NVIDIA H100 80GB HBM3", "h100"),
+)
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """bf16 peak of a device in FLOP/s; None where it is not known."""
+    return next((CHIPS[chip].flops for begin, chip in DEVICE_KINDS if device_kind.startswith(begin)), None)
+
+
 @dataclasses.dataclass(frozen=True)
 class Traffic:
     """Bytes that one device sends for one kind of collective over one set of mesh axes, in one step."""

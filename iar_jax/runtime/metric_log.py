@@ -10,9 +10,11 @@ import jax
 from etils import epath
 
 from iar_jax.runtime import distributed
+from iar_jax.runtime.compiled_cost import peak_flops
 from iar_jax.runtime.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
+SPEED_FILE = "speed.jsonl"
 
 
 class MetricLog:
@@ -36,6 +38,7 @@ class MetricLog:
         partial.write_text("".join(lines))
         partial.replace(self.path)
         self.file = self.path.open("a")
+        self.speed_file = (directory / SPEED_FILE).open("a")
         self.tensorboard = metric_writers.AsyncMultiWriter([metric_writers.SummaryWriter(os.fspath(directory))])
 
     def __enter__(self) -> "MetricLog":
@@ -44,6 +47,7 @@ class MetricLog:
     def __exit__(self, *_: object) -> None:
         if self.file is not None:
             self.file.close()
+            self.speed_file.close()
             self.tensorboard.close()
 
     def write(self, step: int, metrics: dict[str, Any], prefix: str) -> dict[str, float]:
@@ -66,13 +70,33 @@ class MetricLog:
             )
         return values
 
-    def write_rate(self, step: int, items_per_step: int, name: str) -> None:
-        """Writes the rate since the last call, name per second, to TensorBoard (it is no part of what must repeat)."""
+    def write_speed(self, step: int, images_per_step: int, waited: float, flops_per_step: float) -> None:
+        """Writes the speed since the last call to TensorBoard and to speed.jsonl: no part of what must repeat.
+
+        Seconds a step, in all and those spent waiting for data; images a second; the share of the devices' peak rate
+        (MFU, with the model's FLOPs) where it is known; the most memory that a device has used, in bytes.
+        """
         now = time.monotonic()
-        rate = (step - self.rate_step) * items_per_step / max(now - self.rate_time, 1e-9)
-        if self.tensorboard is not None:
-            self.tensorboard.write_scalars(step, {f"{name}_per_second": rate})
+        steps = max(step - self.rate_step, 1)
+        seconds = max(now - self.rate_time, 1e-9) / steps
         self.rate_step, self.rate_time = step, now
+        if self.tensorboard is None:
+            return
+        speed = {
+            "images_per_second": images_per_step / seconds,
+            "step_seconds": seconds,
+            "data_wait_seconds": waited / steps,
+        }
+        device = jax.local_devices()[0]
+        peak_rate = peak_flops(device.device_kind)
+        if peak_rate and flops_per_step:
+            speed["mfu"] = flops_per_step / seconds / (jax.device_count() * peak_rate)
+        memory = device.memory_stats() or {}
+        if "peak_bytes_in_use" in memory:
+            speed["peak_memory_bytes"] = memory["peak_bytes_in_use"]
+        self.speed_file.write(json.dumps({"step": step, **speed}) + "\n")
+        self.speed_file.flush()
+        self.tensorboard.write_scalars(step, speed)
 
 
 def read_metrics(directory: epath.Path) -> list[dict[str, Any]]:

@@ -1,12 +1,13 @@
 """The device mesh (data, fsdp, tensor), the logical axis rules, and shardings of trees."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from iar_jax.runtime.errors import UserError
@@ -46,8 +47,30 @@ def mesh_shape(data: int, fsdp: int, tensor: int, num_devices: int) -> tuple[int
 
 def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
     """The mesh over all devices; see `mesh_shape` for the sizes and the errors."""
-    shape = mesh_shape(data, fsdp, tensor, jax.device_count())
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
+    return mesh_of(jax.devices(), mesh_shape(data, fsdp, tensor, jax.device_count()))
+
+
+def mesh_of(devices: Sequence[Any], shape: tuple[int, int, int]) -> Mesh:
+    """These devices as a mesh: neighbours on the network beside each other, and slices along `data`.
+
+    Where devices belong to several slices (which a slower network binds together), only the data axis crosses them.
+
+    Raises:
+        UserError: data is no multiple of the number of slices.
+    """
+    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    options: dict[str, Any] = {"devices": devices, "allow_split_physical_axes": True}
+    if num_slices > 1:
+        if shape[0] % num_slices:
+            raise UserError(
+                f"config.mesh.data is {shape[0]}, and there are {num_slices} slices, which the data axis alone "
+                "crosses: it must be a multiple of their number"
+            )
+        inside = (shape[0] // num_slices, *shape[1:])
+        arranged = mesh_utils.create_hybrid_device_mesh(inside, (num_slices, 1, 1), **options)
+    else:
+        arranged = mesh_utils.create_device_mesh(shape, **options)
+    return Mesh(arranged, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
 
 
 @contextlib.contextmanager

@@ -37,6 +37,7 @@ class TrainingRun:
         eval_every: int = 0,
         checkpoint_every: int,
         keep_checkpoints: int,
+        flops_per_step: float = 0.0,
     ):
         self.directory, self.name = directory, name
         self.num_steps, self.batch_size = num_steps, batch_size
@@ -45,6 +46,8 @@ class TrainingRun:
         self.step = 0
         self.seconds_before, self.started = 0.0, time.monotonic()
         self.pending: tuple[int, Any] | None = None
+        self.flops_per_step = flops_per_step
+        self.waited = 0.0
 
     def __enter__(self) -> "TrainingRun":
         with contextlib.ExitStack() as stack:
@@ -76,6 +79,13 @@ class TrainingRun:
         with progress(self.name, self.num_steps, "steps", first=self.step) as self.progress:
             while self.step < self.num_steps:
                 yield self.step
+
+    def next_batch(self, batches: Iterator[Any]) -> Any:
+        """The next batch; the time that the loop waits for it is logged."""
+        start = time.monotonic()
+        batch = next(batches)
+        self.waited += time.monotonic() - start
+        return batch
 
     def finished_step(self, state: Any, metrics: Any, validate: Callable[[Any], dict[str, Any]] | None = None) -> None:
         """Logs, validates and saves where due. Raises Interrupted, with the state saved, where a stop was asked for.
@@ -117,5 +127,6 @@ class TrainingRun:
         step, metrics = self.pending
         self.pending = None
         values = self.log.write(step, metrics, "train")
-        self.log.write_rate(step, self.batch_size, "images")
+        self.log.write_speed(step, self.batch_size, self.waited, self.flops_per_step)
+        self.waited = 0.0
         self.progress.update(0, note=f"loss {values['loss']:.4f}")

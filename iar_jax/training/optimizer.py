@@ -48,10 +48,15 @@ def make_optimizer(
     )
 
 
+def learning_rate_of(section: ConfigDict) -> optax.Schedule:
+    """The schedule that config.training or config.tokenizer_training describes."""
+    return learning_rate_schedule(section.schedule, section.learning_rate, section.warmup_steps, section.num_steps)
+
+
 def optimizer_of(section: ConfigDict) -> optax.GradientTransformation:
     """The optimizer that config.training or config.tokenizer_training describes."""
     return make_optimizer(
-        learning_rate_schedule(section.schedule, section.learning_rate, section.warmup_steps, section.num_steps),
+        learning_rate_of(section),
         b1=section.b1,
         b2=section.b2,
         weight_decay=section.weight_decay,

@@ -31,6 +31,7 @@ def make_train_step(
     key: Key[Array, ""],
     accumulation: int = 1,
     loss_chunks: int = 1,
+    learning_rate: optax.Schedule | None = None,
 ) -> Callable[[TrainState, Int[Array, " B"], Int[Array, "B L"]], tuple[TrainState, Metrics]]:
     """One optimizer step on token_loss + cluster_weight * cluster_loss.
 
@@ -42,6 +43,7 @@ def make_train_step(
         accumulation: parts that the batch is taken in, one after the other; their mean gradient is the batch's. Each
             part draws its own dropout.
         loss_chunks: see `fused_head_loss`.
+        learning_rate: the optimizer's schedule, to be among the metrics.
     """
 
     def loss_fn(params, labels, codes, dropout_key, weight):
@@ -73,6 +75,8 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         ema_params = update_ema(state.ema_params, params, ema_decay, state.step)
         metrics |= {"grad_norm": optax.global_norm(grads)}
+        if learning_rate is not None:
+            metrics |= {"learning_rate": learning_rate(state.step)}
         return TrainState(state.step + 1, params, opt_state, ema_params), metrics
 
     return train_step

@@ -88,3 +88,41 @@ def test_batches_are_split_over_data_and_fsdp():
         UserError, match=r"config.training.batch_size is 6; it must be a multiple of data 2 x fsdp 2 = 4"
     ):
         sharding.check_batch_size(mesh, 6, "config.training.batch_size")
+
+
+class FakeTpu:
+    """A device of a multi-slice TPU, as far as meshes look at it."""
+
+    platform, device_kind, core_on_chip = "tpu", "TPU v5 lite", 0
+
+    def __init__(self, number, slice_index, coords):
+        self.id, self.slice_index, self.coords = number, slice_index, coords
+        self.process_index = slice_index
+
+    def __repr__(self):
+        return f"tpu {self.id}"
+
+
+def two_slices():
+    return [FakeTpu(4 * s + i, s, [i % 2, i // 2, 0]) for s in range(2) for i in range(4)]
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (2, 4, 1), (4, 2, 1), (8, 1, 1)])
+def test_only_the_data_axis_crosses_slices(shape):
+    mesh = sharding.mesh_of(two_slices(), shape)
+    assert mesh.devices.shape == shape
+    for row in mesh.devices:
+        assert len({device.slice_index for device in row.ravel()}) == 1
+    slices = [row.ravel()[0].slice_index for row in mesh.devices]
+    assert slices == sorted(slices)
+
+
+def test_a_data_axis_that_slices_do_not_divide_is_refused():
+    with pytest.raises(UserError, match=r"config\.mesh\.data is 1, and there are 2 slices"):
+        sharding.mesh_of(two_slices(), (1, 4, 2))
+
+
+def test_parts_of_a_batch_follow_the_devices_of_a_process():
+    assert sharding.local_part(sharding.make_mesh(2, 2, 2)) == (0, 1)
+    batch = {"x": np.arange(8)}
+    np.testing.assert_array_equal(sharding.part_of(sharding.make_mesh(8, 1, 1), batch)["x"], np.arange(8))

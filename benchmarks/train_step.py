@@ -1,0 +1,146 @@
+"""One training step of the transformer: tokens a second, and the share of the machine's own matrix rate, part by part.
+
+    python -m benchmarks.train_step                        LlamaGen's B, 4 x 256 tokens, float32
+    python -m benchmarks.train_step --model=B --batch=8 --repeats=5
+
+The matrix rate is that of a 2048 x 2048 x 2048 product, measured before and after; the step's FLOPs are the model's
+(three times the forward products, the causal half of attention, nothing recomputed). Parts are run by themselves, so
+they need not add up to the step.
+"""
+
+import argparse
+import functools
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from configs.imagenet import get_config
+from iar_jax.losses.fused_head import fused_head_loss
+from iar_jax.models.build import build_transformer
+from iar_jax.models.rope import apply_rope, rope_table
+from iar_jax.runtime import sharding
+from iar_jax.runtime.compiled_cost import transformer_flops
+from iar_jax.training import transformer_steps
+from iar_jax.training.optimizer import optimizer_of
+from iar_jax.training.state import update_ema
+
+
+def seconds(function, *arguments, repeats: int, donates: bool = False) -> float:
+    """Median time of a compiled call; the first one is left out. One that donates gets its first result back."""
+    found = []
+    for i in range(repeats + 1):
+        start = time.perf_counter()
+        result = jax.block_until_ready(function(*arguments))
+        if i:
+            found.append(time.perf_counter() - start)
+        if donates:
+            arguments = (result[0], *arguments[1:])
+    return statistics.median(found)
+
+
+def matrix_rate(repeats: int) -> float:
+    """FLOP/s of a large product in float32."""
+    size = 2048
+    a = jnp.ones((size, size), jnp.float32)
+    return 2 * size**3 / seconds(jax.jit(lambda x, y: x @ y), a, a, repeats=max(repeats, 5))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="B")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--loss_chunks", type=int, default=1)
+    arguments = parser.parse_args()
+    config = get_config(f"{arguments.model},256")
+    repeats, batch_size, length = arguments.repeats, arguments.batch, 256
+    config.model.dtype = arguments.dtype
+    config.model.scan_unroll = config.model.num_layers
+    model = build_transformer(config.model, vocab_size=16384, num_classes=1000, grid_size=16)
+    optimizer = optimizer_of(config.training)
+    before = matrix_rate(repeats)
+
+    init = functools.partial(transformer_steps.init_train_state, model=model, optimizer=optimizer)
+    state = jax.jit(lambda key: sharding.unbox(init(key)))(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    labels = jnp.asarray(rng.integers(0, 1000, batch_size), jnp.int32)
+    codes = jnp.asarray(rng.integers(0, 16384, (batch_size, length)), jnp.int32)
+    step = jax.jit(
+        transformer_steps.make_train_step(
+            model,
+            optimizer,
+            cluster_size=128,
+            cluster_weight=1.0,
+            ema_decay=0.9999,
+            key=jax.random.key(1),
+            loss_chunks=arguments.loss_chunks,
+        ),
+        donate_argnums=0,
+    )
+    params = jax.tree.map(jnp.copy, state.params)
+    whole = seconds(step, state, labels, codes, repeats=repeats, donates=True)
+
+    layers, dim, hidden = model.num_layers, model.dim, model.hidden_dim
+    dtype = jnp.dtype(arguments.dtype)
+    x = jnp.asarray(rng.standard_normal((batch_size, length, dim)), dtype)
+    rope = jnp.asarray(rope_table(16, dim // model.num_heads, 10000.0)[:length])
+
+    def attention(q, k, v):
+        q, k = apply_rope(q, rope), apply_rope(k, rope)
+        return jnp.sum(jax.nn.dot_product_attention(q, k, v, is_causal=True).astype(jnp.float32))
+
+    heads = x.reshape(batch_size, length, model.num_heads, -1)
+    one_attention = seconds(jax.jit(jax.grad(attention, (0, 1, 2))), heads, heads, heads, repeats=repeats)
+
+    def matrices(weights, x):
+        for w in weights:
+            x = x @ w if w.shape[0] == x.shape[-1] else x
+        return jnp.sum(x.astype(jnp.float32))
+
+    sizes = [(dim, 3 * dim), (3 * dim, dim), (dim, 2 * hidden), (2 * hidden, dim)]
+    weights = [jnp.asarray(0.02 * rng.standard_normal(size), dtype) for size in sizes]
+    flat = x.reshape(-1, dim)
+    chain = seconds(jax.jit(jax.grad(matrices, (0, 1))), weights, flat, repeats=repeats)
+    # The layer's own products have 4 d^2 + 3 d h weights; the chain's are a little more.
+    chain *= (4 * dim**2 + 3 * dim * hidden) / sum(int(np.prod(size)) for size in sizes)
+
+    head_loss = jax.jit(
+        jax.grad(lambda h, w: fused_head_loss(h, w, codes, 1.0, 128, arguments.loss_chunks), (0, 1), has_aux=True)
+    )
+    head = seconds(head_loss, x, params["head"], repeats=repeats)
+
+    def update(state, grads):
+        updates, opt_state = optimizer.update(grads, state[1], state[0])
+        new = optax.apply_updates(state[0], updates)
+        return (new, opt_state, update_ema(state[2], new, 0.9999, jnp.int32(100))), 0
+
+    state = (jax.tree.map(jnp.copy, params), jax.jit(optimizer.init)(params), jax.tree.map(jnp.copy, params))
+    optimizing = seconds(jax.jit(update, donate_argnums=0), state, params, repeats=repeats, donates=True)
+    after = matrix_rate(repeats)
+
+    flops = transformer_flops(
+        num_layers=layers, dim=dim, hidden_dim=hidden, vocab_size=16384, num_tokens=length, batch_size=batch_size
+    )
+    rate = max(before, after)
+    print(f"{arguments.model}, {batch_size} x {length} tokens, {arguments.dtype}, {jax.devices()[0].device_kind}")
+    print(f"machine's matrix rate   {before / 1e9:8.0f} GFLOP/s before, {after / 1e9:.0f} after")
+    print(f"step                    {whole:8.3f} s, {batch_size * length / whole:,.0f} tokens/s")
+    print(f"model FLOPs a step      {flops:8.3g}: {flops / whole / 1e9:.0f} GFLOP/s, {flops / whole / rate:.1%} of it")
+    parts = {
+        "attention": layers * one_attention,
+        "matrices of the layers": layers * chain,
+        "head and loss": head,
+        "optimizer and EMA": optimizing,
+    }
+    parts["rest"] = whole - sum(parts.values())
+    for name, value in parts.items():
+        print(f"  {name:22}{value:8.3f} s, {value / whole:.0%}")
+
+
+if __name__ == "__main__":
+    main()
