@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from iar_jax.codebook.distances import Costs, smallest, squared_distances
+from iar_jax.codebook.distances import Costs, over_chunks, smallest, squared_distances
 
 # Temperatures, as shares of the mean squared distance to the nearest of the first centroids, and how many.
 HOTTEST, COLDEST, STEPS = 0.3, 0.03, 200
@@ -39,7 +39,7 @@ def soft_clusters(
         padded = jnp.pad(part, ((0, 0), (0, 1)), constant_values=1.0)
         return jnp.matmul((padded / jnp.sum(share, axis=1, keepdims=True)).T, share, precision="highest")
 
-    sums = jnp.sum(jax.lax.map(chunk, chunks), axis=0)
+    sums = jnp.sum(over_chunks(chunk, chunks), axis=0)
     return SoftClusters(sums[-1], sums[:-1].T)
 
 

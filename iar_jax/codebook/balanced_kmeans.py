@@ -134,6 +134,8 @@ def _best_run(vectors, starts, assignment, max_iterations, mesh):
     chunks = jax.lax.with_sharding_constraint(chunks, NamedSharding(mesh, PartitionSpec(None, "vectors")))
     if assignment == "greedy":
         prices = jnp.zeros(starts.shape[1])
+        if starts.shape[0] == 1:  # a scatter for one run is cheaper than a batched one
+            return _run(chunks, starts[0], prices, assignment, max_iterations)
         runs = jax.vmap(lambda start: _run(chunks, start, prices, assignment, max_iterations))(starts)
     else:
         annealed = jax.vmap(anneal, (None, 0))(chunks, starts)
@@ -202,14 +204,15 @@ def greedy_assignment(
     visit = jnp.argsort(smallest(chunks, costs, prices)[0], stable=True)
 
     def place(room, row):
-        cluster = jnp.argmin(jnp.where(room > 0, row, jnp.inf)).astype(jnp.int32)
+        cluster = jnp.argmin(jnp.where(room > 0, row + prices, jnp.inf)).astype(jnp.int32)
         return room.at[cluster].add(-1), cluster
 
     def place_chunk(room, part):
-        return jax.lax.scan(place, room, costs(part) + prices)
+        return jax.lax.scan(place, room, costs(part))
 
     room = jnp.full(num_clusters, num_vectors // num_clusters, jnp.int32)
-    _, clusters = jax.lax.scan(place_chunk, room, vectors[visit].reshape(chunks.shape))
+    visited = vectors[visit].reshape(chunks.shape)
+    _, clusters = jax.lax.scan(place_chunk, room, visited, unroll=chunks.shape[0] == 1)
     return jnp.zeros(num_vectors, jnp.int32).at[visit].set(clusters.ravel())
 
 

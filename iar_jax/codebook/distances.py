@@ -1,6 +1,7 @@
 """Distances of vectors to centroids, a chunk of vectors at a time, so that [N, n] of them need never exist."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,14 @@ def smallest(
         total = costs(part) + prices
         return jnp.min(total, axis=1), jnp.argmin(total, axis=1).astype(jnp.int32)
 
-    return jax.tree.map(jnp.ravel, jax.lax.map(chunk, chunks))
+    return jax.tree.map(jnp.ravel, over_chunks(chunk, chunks))
+
+
+def over_chunks(function: Callable, chunks: Any) -> Any:
+    """function of each chunk, stacked. A single one is spared the loop, inside which CPUs are slower."""
+    if jax.tree.leaves(chunks)[0].shape[0] > 1:
+        return jax.lax.map(function, chunks)
+    return jax.tree.map(lambda x: x[None], function(jax.tree.map(lambda x: x[0], chunks)))
 
 
 def nearest_neighbours(
@@ -68,5 +76,5 @@ def nearest_neighbours(
         found, neighbours = jax.lax.top_k(jnp.where(allowed, -distances, -jnp.inf), count)
         return neighbours.astype(jnp.int32), -found
 
-    neighbours, distances = jax.lax.map(chunk, (chunks, places))
+    neighbours, distances = over_chunks(chunk, (chunks, places))
     return neighbours.reshape(num_vectors, count), distances.reshape(num_vectors, count)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from iar_jax.codebook.annealing import entropic_prices, mean_smallest
-from iar_jax.codebook.distances import Costs, smallest
+from iar_jax.codebook.distances import Costs, over_chunks, smallest
 
 
 class BalancedAssignment(NamedTuple):
@@ -74,7 +74,7 @@ def optimal_assignment(
     _, nearest = smallest(chunks, costs, prices)
     capacity = 2 * size + 16
     sizes = jnp.bincount(nearest, length=num_clusters)
-    tolerance = 1e-6 * jnp.max(jax.lax.map(lambda part: jnp.max(jnp.abs(costs(part))), chunks))
+    tolerance = 1e-6 * jnp.max(over_chunks(lambda part: jnp.max(jnp.abs(costs(part))), chunks))
     start = jax.lax.cond(jnp.max(sizes) <= capacity, lambda: nearest, lambda: fallback(chunks, costs, prices))
     state = _repair(vectors, costs, start, num_clusters, capacity, tolerance)
     assignment = jax.lax.cond(
@@ -92,7 +92,7 @@ def optimal_assignment(
         own = jnp.take_along_axis(cost, chosen[:, None], axis=1)[:, 0]
         return own - potentials[chosen] - jnp.min(cost - potentials, axis=1)
 
-    gap = jnp.sum(jax.lax.map(regret, (chunks, assignment.reshape(chunks.shape[:2]))))
+    gap = jnp.sum(over_chunks(regret, (chunks, assignment.reshape(chunks.shape[:2]))))
     return BalancedAssignment(assignment, -potentials, gap)
 
 
