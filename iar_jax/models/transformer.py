@@ -98,7 +98,10 @@ class Attention(nn.Module):
             (dim, self.num_kv_heads, group + 2, head_dim),
         )
         wo = self.param("wo", partitioned(init, "heads", "head_dim", "embed"), (self.num_heads, head_dim, dim))
-        qkv = jnp.einsum("BLD,DHTK->BLHTK", x, wqkv.astype(self.dtype))
+        # As plain matrices, whose gradients need no transposed copies of the weights; heads lead, so a split over them
+        # stays one.
+        qkv = x.reshape(-1, dim) @ wqkv.astype(self.dtype).reshape(dim, -1)
+        qkv = qkv.reshape(*x.shape[:2], *wqkv.shape[1:])
         qkv = nn.with_logical_constraint(qkv, ("batch", None, "heads", None, None))
         q = qkv[:, :, :, :group].reshape(*x.shape[:2], self.num_heads, head_dim)
         k, v = qkv[:, :, :, group], qkv[:, :, :, group + 1]
@@ -112,7 +115,7 @@ class Attention(nn.Module):
             cache = LayerCache(keys, values)
             seen = (jnp.arange(keys.shape[1]) <= position)[None, None, None, :]
             out = jax.nn.dot_product_attention(q, keys.astype(q.dtype), values.astype(q.dtype), mask=seen)
-        return jnp.einsum("BLHK,HKD->BLD", out, wo.astype(self.dtype)), cache
+        return (out.reshape(-1, dim) @ wo.astype(self.dtype).reshape(-1, dim)).reshape(x.shape), cache
 
 
 class FeedForward(nn.Module):
@@ -128,10 +131,9 @@ class FeedForward(nn.Module):
         init = nn.initializers.normal(self.init_std)
         w13 = self.param("w13", partitioned(init, "embed", "gate", "hidden"), (dim, 2, self.hidden_dim))
         w2 = self.param("w2", partitioned(init, "hidden", "embed"), (self.hidden_dim, dim))
-        # Flat in the tokens, which is a tenth of a step faster on CPUs and the same elsewhere.
-        gated = jnp.einsum("ND,DGF->NGF", x.reshape(-1, dim), w13.astype(self.dtype))
-        gated = nn.with_logical_constraint(gated, ("batch", None, "hidden"))
-        hidden = nn.silu(gated[:, 0]) * gated[:, 1]
+        tokens, w13 = x.reshape(-1, dim), w13.astype(self.dtype)
+        gate, up = (nn.with_logical_constraint(tokens @ w13[:, i], ("batch", "hidden")) for i in range(2))
+        hidden = nn.silu(gate) * up
         return (hidden @ w2.astype(self.dtype)).reshape(x.shape)
 
 
