@@ -205,7 +205,9 @@ def run_code_distance(config: ConfigDict, workdir: epath.Path) -> None:
         reconstructions = decoded(codes)
         codebook = np.asarray(normalize(params["quantizer"]["codebook"]))
         rng = np.random.default_rng(config.seed)
-        substitutions = substitution_study(codes, codebook, permutation, decoded, perceptual_distance, rng)
+        substitutions = substitution_study(
+            codes, reconstructions, codebook, permutation, decoded, perceptual_distance, rng
+        )
     own_error = change(originals, reconstructions, perceptual_distance)
     visible = first_visible_rank(substitutions, own_error)
 

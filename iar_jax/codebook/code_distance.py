@@ -46,6 +46,7 @@ class Substitution(NamedTuple):
 
 def substitution_study(
     codes: Int[np.ndarray, "n h w"],
+    true: UInt8[np.ndarray, "n H W 3"],
     codebook: Float[np.ndarray, "N d"],
     permutation: Permutation,
     decode: Callable[[np.ndarray], np.ndarray],
@@ -56,6 +57,7 @@ def substitution_study(
 
     Args:
         codes: original ids of some pictures.
+        true: those pictures, decoded.
         codebook: the vectors that are compared, normalised where the tokenizer looks codes up so.
         decode: codes [n, h, w] -> uint8 pictures [n, H, W, 3].
         perceptual_distance: of two sets of uint8 pictures, the mean; None leaves LPIPS out.
@@ -65,7 +67,6 @@ def substitution_study(
     replaced = [(rank, f"{_ordinal(rank)} nearest neighbour", neighbours[codes, rank - 1]) for rank in ranks]
     replaced.append((0, OWN_CLUSTER, random_members(codes, permutation, rng)))
     replaced.append((0, ANY_CODE, rng.integers(0, len(codebook), codes.shape)))
-    true = decode(codes)
     found = []
     for rank, title, substitutes in replaced:
         images = decode(substitutes.astype(np.int32))
@@ -79,7 +80,7 @@ def ranks_below(codebook_size: int) -> list[int]:
 
 
 def num_decodings(codebook_size: int) -> int:
-    """How often a study decodes its pictures, once for the true codes included."""
+    """How often a study decodes its pictures, with the true codes'."""
     return len(ranks_below(codebook_size)) + 3
 
 

@@ -58,7 +58,8 @@ def test_each_row_of_a_study_decodes_the_codes_that_it_names(codebook):
 
     permutation = Permutation.from_order(np.random.default_rng(1).permutation(96), 8)
     codes = np.random.default_rng(2).integers(0, 96, (4, 3, 3))
-    study = code_distance.substitution_study(codes, codebook, permutation, decode, None, np.random.default_rng(3))
+    rng = np.random.default_rng(3)
+    study = code_distance.substitution_study(codes, decode(codes), codebook, permutation, decode, None, rng)
     neighbours = np.asarray(nearest_neighbours(codebook, 64)[0])
     assert len(study) + 1 == code_distance.num_decodings(96)
     for rank, _, images, change in study[:-2]:
