@@ -20,10 +20,9 @@ import optax
 
 from configs.imagenet import get_config
 from iar_jax.losses.fused_head import fused_head_loss
-from iar_jax.models.build import build_transformer
+from iar_jax.models.build import build_transformer, train_step_flops
 from iar_jax.models.rope import apply_rope, rope_table
 from iar_jax.runtime import sharding
-from iar_jax.runtime.compiled_cost import transformer_flops
 from iar_jax.training import transformer_steps
 from iar_jax.training.optimizer import optimizer_of
 from iar_jax.training.state import update_ema
@@ -123,9 +122,7 @@ def main() -> None:
     optimizing = seconds(jax.jit(update, donate_argnums=0), state, params, repeats=repeats, donates=True)
     after = matrix_rate(repeats)
 
-    flops = transformer_flops(
-        num_layers=layers, dim=dim, hidden_dim=hidden, vocab_size=16384, num_tokens=length, batch_size=batch_size
-    )
+    flops = train_step_flops(model, batch_size)
     rate = max(before, after)
     print(f"{arguments.model}, {batch_size} x {length} tokens, {arguments.dtype}, {jax.devices()[0].device_kind}")
     print(f"machine's matrix rate   {before / 1e9:8.0f} GFLOP/s before, {after / 1e9:.0f} after")

@@ -14,6 +14,7 @@ import functools
 import io
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -182,26 +183,19 @@ def run_code_distance(config: ConfigDict, workdir: epath.Path) -> None:
         lpips = jax.jit(load_lpips(weights.vgg_weights, weights.lpips_weights))
 
         def perceptual_distance(first, second):
-            pairs = zip(
-                in_batches(preprocessing.to_unit_range, first, batch_size),
-                in_batches(preprocessing.to_unit_range, second, batch_size),
-                strict=True,
-            )
-            return float(np.mean(np.concatenate([np.ravel(lpips(a, b)) for a, b in pairs])))
+            def of_pairs(pairs):
+                return np.ravel(lpips(*(preprocessing.to_unit_range(pairs[:, i]) for i in range(2))))
+
+            return float(np.mean(in_batches(of_pairs, np.stack([first, second], axis=1), batch_size)))
 
     with progress("replacing codes", count * num_decodings(model.codebook_size), "pictures") as shown:
 
         def decoded(codes):
-            found = [preprocessing.to_uint8(part) for part in in_batches(decode, codes, batch_size)]
+            found = in_batches(lambda part: preprocessing.to_uint8(decode(part)), codes, batch_size)
             shown.update(count)
-            return np.concatenate(found)[:count]
+            return found
 
-        codes = np.concatenate(
-            [
-                np.asarray(part)
-                for part in in_batches(lambda x: encode(preprocessing.to_unit_range(x)), originals, batch_size)
-            ]
-        )[:count]
+        codes = in_batches(lambda part: encode(preprocessing.to_unit_range(part)), originals, batch_size)
         reconstructions = decoded(codes)
         codebook = np.asarray(normalize(params["quantizer"]["codebook"]))
         rng = np.random.default_rng(config.seed)
@@ -233,13 +227,14 @@ def run_code_distance(config: ConfigDict, workdir: epath.Path) -> None:
     say(f"report    {directory / 'report.html'}")
 
 
-def in_batches(function, array: np.ndarray, batch_size: int) -> list:
-    """function on batches of one shape; the last is filled up with copies of its last entry."""
+def in_batches(function: Callable[[np.ndarray], Any], array: np.ndarray, batch_size: int) -> Any:
+    """Results of function for all entries, from batches of one shape: the last is filled up with copies of its last
+    entry, whose results are left out."""
     found = []
     for start in range(0, len(array), batch_size):
         batch = array[start : start + batch_size]
         found.append(function(np.concatenate([batch, np.repeat(batch[-1:], batch_size - len(batch), axis=0)])))
-    return found
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(array)], *found)
 
 
 def trained_classifier(
@@ -333,10 +328,12 @@ def reconstruct(model, params, images: np.ndarray, batch_size: int) -> tuple[np.
         reconstructions, quantized = model.apply({"params": params}, batch)
         return reconstructions, quantized.codes
 
-    found = in_batches(lambda batch: apply(params, preprocessing.to_unit_range(batch)), images, batch_size)
-    pictures_after = np.concatenate([preprocessing.to_uint8(reconstructed) for reconstructed, _ in found])
-    codes = np.concatenate([np.asarray(codes) for _, codes in found])[: len(images)]
-    return pictures_after[: len(images)], np.bincount(codes.ravel(), minlength=model.codebook_size)
+    def pictures_and_codes(batch):
+        found, codes = apply(params, preprocessing.to_unit_range(batch))
+        return preprocessing.to_uint8(found), codes
+
+    reconstructions, codes = in_batches(pictures_and_codes, images, batch_size)
+    return reconstructions, np.bincount(codes.ravel(), minlength=model.codebook_size)
 
 
 def cards(content: dict[str, Any], tokenizer: dict[str, Any], usage: float) -> list[tuple[str, str]]:

@@ -17,10 +17,9 @@ from ml_collections import ConfigDict
 
 from iar_jax.data import loader
 from iar_jax.data.codes import CodeSource, FirstCrop, random_crop_codes, read_permutation
-from iar_jax.models.build import build_transformer, load_transformer, transformer_facts
+from iar_jax.models.build import build_transformer, load_transformer, train_step_flops, transformer_facts
 from iar_jax.models.transformer import Transformer
 from iar_jax.runtime import artifacts, checkpoint, command_line, distributed, sharding
-from iar_jax.runtime.compiled_cost import transformer_flops
 from iar_jax.runtime.errors import UserError
 from iar_jax.runtime.progress import say
 from iar_jax.training import transformer_steps
@@ -95,14 +94,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
             eval_every=section.eval_every,
             checkpoint_every=section.checkpoint_every,
             keep_checkpoints=section.keep_checkpoints,
-            flops_per_step=transformer_flops(
-                num_layers=model.num_layers,
-                dim=model.dim,
-                hidden_dim=model.hidden_dim,
-                vocab_size=model.vocab_size,
-                num_tokens=model.num_tokens,
-                batch_size=section.batch_size,
-            ),
+            flops_per_step=train_step_flops(model, section.batch_size),
         ) as training,
     ):
         state, shardings = sharding.initialise_sharded(init, mesh, key)

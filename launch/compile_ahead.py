@@ -28,9 +28,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 from iar_jax import train, train_tokenizer
-from iar_jax.models.transformer import Transformer
+from iar_jax.models.build import train_step_flops
 from iar_jax.runtime import sharding
-from iar_jax.runtime.compiled_cost import CHIPS, Chip, collective_traffic, step_bound, transformer_flops
+from iar_jax.runtime.compiled_cost import CHIPS, Chip, collective_traffic, step_bound
 from iar_jax.runtime.config import check_config, grid_size
 from iar_jax.runtime.errors import UserError
 
@@ -183,18 +183,7 @@ def recipe(config: ConfigDict, mesh: Mesh, stage: str, num_classes: int):
     )
     labels = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=rows)
     codes = jax.ShapeDtypeStruct((batch_size, model.num_tokens), jnp.int32, sharding=rows)
-    return init, step, (labels, codes), flops_of(model, batch_size)
-
-
-def flops_of(model: Transformer, batch_size: int) -> float:
-    return transformer_flops(
-        num_layers=model.num_layers,
-        dim=model.dim,
-        hidden_dim=model.hidden_dim,
-        vocab_size=model.vocab_size,
-        num_tokens=model.num_tokens,
-        batch_size=batch_size,
-    )
+    return init, step, (labels, codes), train_step_flops(model, batch_size)
 
 
 def devices_of(topology: str) -> tuple[Chip, list, str]:

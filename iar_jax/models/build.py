@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from iar_jax.models.transformer import Transformer, swiglu_hidden_dim
 from iar_jax.models.vqgan import VQModel
 from iar_jax.runtime import artifacts, checkpoint, sharding
+from iar_jax.runtime.compiled_cost import transformer_flops
 
 
 def build_tokenizer(section: dict[str, Any]) -> VQModel:
@@ -44,6 +45,18 @@ def transformer_facts(model: Transformer) -> dict[str, int | None]:
         "grid_size": model.grid_size,
         "num_kv_heads": model.num_kv_heads,
     }
+
+
+def train_step_flops(model: Transformer, batch_size: int) -> float:
+    """FLOPs of one training step of a model; see `transformer_flops` for what is counted."""
+    return transformer_flops(
+        num_layers=model.num_layers,
+        dim=model.dim,
+        hidden_dim=model.hidden_dim,
+        vocab_size=model.vocab_size,
+        num_tokens=model.num_tokens,
+        batch_size=batch_size,
+    )
 
 
 def load_tokenizer(directory: epath.Path, mesh: Mesh) -> tuple[VQModel, Any, artifacts.Metadata]:
