@@ -1,17 +1,20 @@
 """One training step of the transformer: tokens a second, and the share of the machine's own matrix rate, part by part.
 
     python -m benchmarks.train_step                        LlamaGen's B, 4 x 256 tokens, float32
-    python -m benchmarks.train_step --model=B --batch=8 --repeats=5
+    python -m benchmarks.train_step --model=B --batch=8 --repeats=9
 
-The matrix rate is that of a 2048 x 2048 x 2048 product, measured before and after; the step's FLOPs are the model's
-(three times the forward products, the causal half of attention, nothing recomputed). Parts are run by themselves, so
-they need not add up to the step.
+The matrix rate is that of a 2048 x 2048 x 2048 product, measured before each step, and the share is the median over
+the steps. The step's FLOPs are the model's (three times the forward products, the causal half of attention, nothing
+recomputed). Parts are run by themselves, so they need not add up to the step. On Linux CPUs, large pages for malloc are
+a tenth of the time: GLIBC_TUNABLES=glibc.malloc.hugetlb=1, which launch/demo.sh sets.
 """
 
 import argparse
 import functools
 import statistics
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +24,7 @@ import optax
 from configs.imagenet import get_config
 from iar_jax.losses.fused_head import fused_head_loss
 from iar_jax.models.build import build_transformer, train_step_flops
+from iar_jax.models.causal_attention import causal_attention
 from iar_jax.models.rope import apply_rope, rope_table
 from iar_jax.runtime import sharding
 from iar_jax.training import transformer_steps
@@ -41,18 +45,27 @@ def seconds(function, *arguments, repeats: int, donates: bool = False) -> float:
     return statistics.median(found)
 
 
-def matrix_rate(repeats: int) -> float:
-    """FLOP/s of a large product in float32."""
+def interleaved(step: Callable, state: Any, *batch: Any, repeats: int) -> tuple[list[float], list[float]]:
+    """Seconds of each of several steps, and the machine's FLOP/s in a large float32 product before each of them."""
     size = 2048
-    a = jnp.ones((size, size), jnp.float32)
-    return 2 * size**3 / seconds(jax.jit(lambda x, y: x @ y), a, a, repeats=max(repeats, 5))
+    matrix = jnp.ones((size, size), jnp.float32)
+    product = jax.jit(jnp.matmul)
+    seconds(product, matrix, matrix, repeats=1)
+    state = jax.block_until_ready(step(state, *batch))[0]
+    times, rates = [], []
+    for _ in range(repeats):
+        rates.append(2 * size**3 / seconds(product, matrix, matrix, repeats=9))
+        start = time.perf_counter()
+        state = jax.block_until_ready(step(state, *batch))[0]
+        times.append(time.perf_counter() - start)
+    return times, rates
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="B")
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--loss_chunks", type=int, default=1)
     arguments = parser.parse_args()
@@ -62,8 +75,6 @@ def main() -> None:
     config.model.scan_unroll = config.model.num_layers
     model = build_transformer(config.model, vocab_size=16384, num_classes=1000, grid_size=16)
     optimizer = optimizer_of(config.training)
-    before = matrix_rate(repeats)
-
     init = functools.partial(transformer_steps.init_train_state, model=model, optimizer=optimizer)
     state = jax.jit(lambda key: sharding.unbox(init(key)))(jax.random.key(0))
     rng = np.random.default_rng(0)
@@ -82,7 +93,8 @@ def main() -> None:
         donate_argnums=0,
     )
     params = jax.tree.map(jnp.copy, state.params)
-    whole = seconds(step, state, labels, codes, repeats=repeats, donates=True)
+    times, rates = interleaved(step, state, labels, codes, repeats=repeats)
+    whole = statistics.median(times)
 
     layers, dim, hidden = model.num_layers, model.dim, model.hidden_dim
     dtype = jnp.dtype(arguments.dtype)
@@ -91,7 +103,7 @@ def main() -> None:
 
     def attention(q, k, v):
         q, k = apply_rope(q, rope), apply_rope(k, rope)
-        return jnp.sum(jax.nn.dot_product_attention(q, k, v, is_causal=True).astype(jnp.float32))
+        return jnp.sum(causal_attention(q, k, v).astype(jnp.float32))
 
     heads = x.reshape(batch_size, length, model.num_heads, -1)
     one_attention = seconds(jax.jit(jax.grad(attention, (0, 1, 2))), heads, heads, heads, repeats=repeats)
@@ -120,14 +132,13 @@ def main() -> None:
 
     state = (jax.tree.map(jnp.copy, params), jax.jit(optimizer.init)(params), jax.tree.map(jnp.copy, params))
     optimizing = seconds(jax.jit(update, donate_argnums=0), state, params, repeats=repeats, donates=True)
-    after = matrix_rate(repeats)
 
     flops = train_step_flops(model, batch_size)
-    rate = max(before, after)
+    share = statistics.median(flops / each / rate for each, rate in zip(times, rates, strict=True))
     print(f"{arguments.model}, {batch_size} x {length} tokens, {arguments.dtype}, {jax.devices()[0].device_kind}")
-    print(f"machine's matrix rate   {before / 1e9:8.0f} GFLOP/s before, {after / 1e9:.0f} after")
+    print(f"machine's matrix rate   {statistics.median(rates) / 1e9:8.0f} GFLOP/s")
     print(f"step                    {whole:8.3f} s, {batch_size * length / whole:,.0f} tokens/s")
-    print(f"model FLOPs a step      {flops:8.3g}: {flops / whole / 1e9:.0f} GFLOP/s, {flops / whole / rate:.1%} of it")
+    print(f"model FLOPs a step      {flops:8.3g}: {flops / whole / 1e9:.0f} GFLOP/s, {share:.1%} of it")
     parts = {
         "attention": layers * one_attention,
         "matrices of the layers": layers * chain,

@@ -155,6 +155,14 @@ def _losses_and_gradient(logits, targets, weight, cluster_size, sharded):
         targets: ids counted from the device's first code: outside [0, V) where the target is on another device.
     """
     everywhere = functools.partial(jax.lax.psum, axis_name=VOCAB_AXIS) if sharded else lambda x: x
+
+    def is_first_highest(values, places, wanted):
+        """1 where no value is above the wanted one, nor equal to it at a lower place, else 0."""
+        # Comparisons and a sum: an argmax is ten times slower on CPUs, and here would need to know its device.
+        before = jnp.arange(values.shape[-1]) < places[..., None]
+        ahead = (values > wanted[..., None]) | ((values == wanted[..., None]) & before)
+        return (everywhere(jnp.sum(ahead, axis=-1)) == 0).astype(jnp.float32)
+
     clusters = targets // cluster_size
     here = (targets >= 0) & (targets < logits.shape[-1])
     grouped = logits.reshape(*logits.shape[:-1], -1, cluster_size)
@@ -170,13 +178,14 @@ def _losses_and_gradient(logits, targets, weight, cluster_size, sharded):
         highest = jax.lax.pmax(highest, VOCAB_AXIS)
     exponentials = jnp.exp(grouped - highest[..., None, None])
     cluster_sums = jnp.sum(exponentials, axis=-1)
+    own_sum = everywhere(jnp.where(here, jnp.take_along_axis(cluster_sums, place[..., 0], axis=-1)[..., 0], 0.0))
     total = everywhere(jnp.sum(cluster_sums, axis=-1))
     lse = highest + jnp.log(total)
     losses = TokenAndClusterLoss(
         token_loss=lse - target_logit,
         cluster_loss=lse - own_lse_everywhere,
-        token_hit=_is_first_highest(logits, targets, sharded),
-        cluster_hit=_is_first_highest(cluster_sums, clusters, sharded),
+        token_hit=is_first_highest(logits, targets, target_logit),
+        cluster_hit=is_first_highest(cluster_sums, clusters, own_sum),
     )
     in_cluster = (jnp.arange(grouped.shape[-2]) == jnp.where(here, clusters, -1)[..., None])[..., None]
     in_token = jnp.arange(cluster_size) == (targets % cluster_size)[..., None]
@@ -184,15 +193,3 @@ def _losses_and_gradient(logits, targets, weight, cluster_size, sharded):
     gradient = exponentials * ((1.0 + weight) / total)[..., None, None]
     gradient -= jnp.where(in_cluster, pulled[..., None, :], 0.0)
     return losses, gradient.reshape(logits.shape)
-
-
-def _is_first_highest(values, places, sharded):
-    """1 where the target's place holds the highest value (the first one, on ties), else 0."""
-    best = jnp.argmax(values, axis=-1)
-    if sharded:
-        highest = jnp.max(values, axis=-1)
-        device = jax.lax.axis_index(VOCAB_AXIS)
-        leads = highest == jax.lax.pmax(highest, VOCAB_AXIS)
-        leader = jax.lax.pmin(jnp.where(leads, device, jnp.iinfo(jnp.int32).max), VOCAB_AXIS)
-        return jax.lax.psum(((best == places) & (leader == device)).astype(jnp.float32), VOCAB_AXIS)
-    return (best == places).astype(jnp.float32)

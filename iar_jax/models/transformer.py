@@ -14,6 +14,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from iar_jax.models.causal_attention import causal_attention
 from iar_jax.models.rope import apply_rope, rope_table
 
 REMAT_POLICIES = {
@@ -56,7 +57,9 @@ class RMSNorm(nn.Module):
 class Dropout(nn.Module):
     """Dropout that is on where a "dropout" key is given and the rate is above zero.
 
-    `shared_axes` share one draw: (1, 2) drops whole rows, which is drop-path.
+    `shared_axes` share one draw: (1, 2) drops whole rows, which is drop-path. Draws have 16 bits, two from each random
+    word, for the words are what dropout costs; the rate is off by 2 ** -17 at most, and the scale is that of the rate
+    drawn.
     """
 
     rate: float
@@ -66,7 +69,11 @@ class Dropout(nn.Module):
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         if self.rate == 0.0 or not self.has_rng("dropout"):
             return x
-        return nn.Dropout(self.rate, broadcast_dims=self.shared_axes, deterministic=False)(x)
+        batch, length, dim = (1 if axis in self.shared_axes else size for axis, size in enumerate(x.shape))
+        words = jax.random.bits(self.make_rng("dropout"), (batch, -(-length // 2), dim), jnp.uint32)
+        draws = jnp.concatenate([words & 0xFFFF, words >> 16], axis=1)[:, :length]
+        dropped = round(self.rate * 2**16)
+        return jnp.where(draws >= dropped, x * (2**16 / (2**16 - dropped)), 0.0).astype(x.dtype)
 
 
 class Attention(nn.Module):
@@ -107,8 +114,7 @@ class Attention(nn.Module):
         k, v = qkv[:, :, :, group], qkv[:, :, :, group + 1]
         q, k = apply_rope(q, rope), apply_rope(k, rope)
         if cache is None or position is None:
-            # is_causal, never a mask tensor: cuDNN's backward is wrong with one at 576 positions.
-            out = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+            out = causal_attention(q, k, v)
         else:
             keys = jax.lax.dynamic_update_slice_in_dim(cache.keys, k.astype(cache.keys.dtype), position, axis=1)
             values = jax.lax.dynamic_update_slice_in_dim(cache.values, v.astype(cache.values.dtype), position, axis=1)

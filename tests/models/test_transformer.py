@@ -10,7 +10,7 @@ import pytest
 from iar_jax.interop.llamagen import load_transformer
 from iar_jax.losses.cluster_cross_entropy import token_and_cluster_loss
 from iar_jax.models.rope import apply_rope, rope_table
-from iar_jax.models.transformer import Transformer, swiglu_hidden_dim
+from iar_jax.models.transformer import Dropout, Transformer, swiglu_hidden_dim
 
 # FACTS of the public models: name, layers, heads, width, exact number of parameters.
 PUBLISHED = [
@@ -160,3 +160,18 @@ def test_rope_turns_rows_and_columns_and_blanks_the_class_token():
 
 def test_hidden_widths_follow_llamagens_rule():
     assert [swiglu_hidden_dim(d) for d in (768, 1024, 1280, 1536, 3200)] == [2048, 2816, 3584, 4096, 8704]
+
+
+@pytest.mark.parametrize(("shape", "shared", "unit"), [((64, 31, 16), (), 1), ((4096, 1, 3), (1, 2), 3)])
+def test_dropout_drops_its_share_and_keeps_the_mean(shape, shared, unit):
+    found = Dropout(0.3, shared).apply({}, jnp.ones(shape), rngs={"dropout": jax.random.key(0)})
+    kept = np.asarray(found) > 0
+    draws = kept.size / unit
+    # Five standard deviations of a share of independent draws.
+    assert abs(kept.mean() - 0.7) < 5 * np.sqrt(0.21 / draws)
+    np.testing.assert_allclose(np.asarray(found)[kept], 1 / 0.7, rtol=1e-4)
+    assert not shared or (kept == kept[:, :1, :1]).all()
+    # The two halves of a random word do not follow each other.
+    if not shared:
+        first, second = kept[:, :15].ravel(), kept[:, 16:].ravel()
+        assert abs((first & second).mean() - 0.49) < 5 * np.sqrt(0.25 / first.size)
