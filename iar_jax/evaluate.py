@@ -11,7 +11,6 @@ with each other, never with published ones.
 """
 
 import functools
-import io
 import json
 import time
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from ml_collections import ConfigDict
 
 from iar_jax.codebook.code_distance import change, first_visible_rank, num_decodings, substitution_study
 from iar_jax.data import loader, pictures, preprocessing
+from iar_jax.data.array_parts import read_array
 from iar_jax.data.codes import read_permutation
 from iar_jax.data.images import ImageDataset, ImageSource, open_images
 from iar_jax.evaluation import code_distance_report, features, frechet, precision_recall, report
@@ -70,8 +70,8 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     train_images, _ = all_images(images.train, "reading train images")
     val_images, val_labels = all_images(images.val, "reading val images")
     reconstructions, counts = reconstruct(model, tokenizer_params, val_images, config.evaluation.batch_size)
-    sampled = np.load(io.BytesIO((samples_directory / "samples.npz").read_bytes()), allow_pickle=False)["arr_0"]
-    sampled_labels = np.load(io.BytesIO((samples_directory / "labels.npy").read_bytes()), allow_pickle=False)
+    sampled = read_array(samples_directory / "samples.npz")
+    sampled_labels = read_array(samples_directory / "labels.npy")
 
     judge = functools.partial(features.classifier_features, classifier, params, batch_size=config.evaluation.batch_size)
     reference = judge(train_images).features
@@ -269,7 +269,7 @@ def trained_classifier(
             batch_size=section.classifier_batch_size,
             log_every=50,
             checkpoint_every=500,
-            keep_checkpoints=1,
+            retention=checkpoint.Retention(latest=1),
         ) as training,
     ):
         state, shardings = sharding.initialise_sharded(init, mesh, key)
@@ -307,7 +307,7 @@ def augment(section: ConfigDict, record: dict, rng: np.random.Generator) -> dict
     pixels = preprocessing.random_shift(record["image"], 2, rng)
     if section.augmentation == "crop_flip":
         pixels = preprocessing.random_crop_flip(pixels, section.smallest_crop, rng)
-    return {"image": preprocessing.to_unit_range(pixels), "label": record["label"]}
+    return {"image": preprocessing.to_unit_range(pixels), "label": record["label"], "image_id": record["image_id"]}
 
 
 def all_images(source: ImageSource, title: str) -> tuple[np.ndarray, np.ndarray]:

@@ -5,20 +5,22 @@ python -m iar_jax.extract_codes --config=configs/mnist.py --workdir=runs/mnist
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import grain
 import jax
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from PIL import Image
 
 from iar_jax.data import codes, preprocessing
-from iar_jax.data.images import ImageSource, open_images
+from iar_jax.data.images import ImageDataset, ImageSource, open_images
 from iar_jax.models.build import load_tokenizer
-from iar_jax.runtime import artifacts, command_line, sharding
+from iar_jax.runtime import artifacts, command_line, lock, sharding
 from iar_jax.runtime.errors import UserError
+from iar_jax.runtime.interruption import StopRequest, catch_stop_signals
 from iar_jax.runtime.progress import Progress, progress, say
 
 
@@ -40,6 +42,20 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     images = open_images(config.data)
     for split in splits:
         artifacts.begin(workdir / "codes" / split, "extract_codes", relevant, inputs | {"images": images.fingerprint})
+    with lock.hold(workdir / "codes"), catch_stop_signals() as stop:
+        extract_splits(config, workdir / "codes", tokenizer_directory, images, splits, mesh, stop)
+
+
+def extract_splits(
+    config: ConfigDict,
+    codes_directory: epath.Path,
+    tokenizer_directory: epath.Path,
+    images: ImageDataset,
+    splits: dict[str, str],
+    mesh: Mesh,
+    stop: StopRequest,
+) -> None:
+    """Encodes each split with the crops that `splits` says; what a run before has finished is kept."""
     model, params, _ = load_tokenizer(tokenizer_directory, mesh)
     encode = jax.jit(lambda params, images: model.apply({"params": params}, images, method="encode"))
 
@@ -49,7 +65,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         return np.asarray(found).reshape(*crops.shape[:2], -1)
 
     for split, kind in splits.items():
-        directory, source = workdir / "codes" / split, getattr(images, split)
+        directory, source = codes_directory / split, getattr(images, split)
         with progress(f"extract_codes {split}", len(source), "images") as shown:
             start = time.monotonic()
             extract(
@@ -66,6 +82,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
                 ),
                 model.codebook_size,
                 shown,
+                stop,
             )
         shards = sorted(directory.glob("codes-*.array_record"))
         figures = {
@@ -85,21 +102,29 @@ def extract(
     crop: Callable[[Image.Image], np.ndarray],
     codebook_size: int,
     shown: Progress,
+    stop: StopRequest,
 ) -> None:
-    """Writes the shards that are not there yet; `crop` makes the views of a picture, uint8 [crops, R, R, 3]."""
+    """Writes the shards that are not there yet; `crop` makes the views of a picture, uint8 [crops, R, R, 3].
+
+    Raises:
+        Interrupted: a stop was asked for; whole shards are kept.
+    """
     num_shards = -(-len(source) // section.images_per_shard)
     for shard in range(num_shards):
         path = codes.shard_path(directory, shard, num_shards)
         indices = range(shard * section.images_per_shard, min((shard + 1) * section.images_per_shard, len(source)))
         if not path.exists():
-            records = encode_shard(source, indices, encode_pictures, section.batch_size, crop)
+            records = []
+            for batch in encoded_batches(source, indices, encode_pictures, section.batch_size, crop):
+                records += batch
+                stop.obey(f"extract_codes stopped in file {shard + 1} of {num_shards}; those before it are kept")
             codes.write_shard(path, [codes.pack(record, codebook_size) for record in records])
         shown.update(len(indices))
 
 
-def encode_shard(
+def encoded_batches(
     source: ImageSource, indices: range, encode_pictures, batch_size: int, crop: Callable[[Image.Image], np.ndarray]
-) -> list[codes.CodeRecord]:
+) -> Iterator[list[codes.CodeRecord]]:
     """Code records of the pictures at `indices`, in their order; host threads prepare while devices encode."""
 
     def prepare(index):
@@ -110,16 +135,14 @@ def encode_shard(
         }
 
     batches = grain.MapDataset.source(list(indices)).map(prepare).batch(batch_size)
-    records = []
     for batch in batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)):
         count = len(batch["label"])
         filling = np.repeat(batch["image"][-1:], batch_size - count, axis=0)
         found = encode_pictures(np.concatenate([batch["image"], filling]))[:count]
-        records += [
+        yield [
             codes.CodeRecord(c, int(label), int(image_id))
             for c, label, image_id in zip(found, batch["label"], batch["image_id"], strict=True)
         ]
-    return records
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from iar_jax.data import pictures, preprocessing
 from iar_jax.data.codes import permutation_fingerprint
 from iar_jax.models.build import load_tokenizer
 from iar_jax.models.quantizer import normalize
-from iar_jax.runtime import artifacts, command_line, sharding
+from iar_jax.runtime import artifacts, command_line, lock, sharding
 from iar_jax.runtime.errors import UserError
 from iar_jax.runtime.progress import say
 
@@ -42,6 +42,12 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     if artifacts.begin(directory, "rearrange_codebook", relevant, {"tokenizer": tokenizer.fingerprint}):
         say(f"rearrange_codebook: done, in {directory}")
         return
+    with lock.hold(directory):
+        rearrange(config, directory, tokenizer_directory)
+
+
+def rearrange(config: ConfigDict, directory: epath.Path, tokenizer_directory: epath.Path) -> None:
+    """Makes the artifact that `run` has begun."""
     start = time.monotonic()
     mesh = sharding.make_mesh(**config.mesh)
     model, params, _ = load_tokenizer(tokenizer_directory, mesh)

@@ -3,8 +3,9 @@
 python -m iar_jax.sample --config=configs/mnist.py --workdir=runs/mnist [--config.sampling.cfg_scale=1.5]
 """
 
-import io
+import hashlib
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +14,13 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from iar_jax.data import pictures, preprocessing
+from iar_jax.data.array_parts import ArrayParts, npy_bytes
 from iar_jax.data.codes import read_permutation
 from iar_jax.models.build import load_tokenizer, load_transformer
-from iar_jax.runtime import artifacts, command_line, sharding
+from iar_jax.runtime import artifacts, command_line, lock, sharding
+from iar_jax.runtime.artifacts import write_bytes
 from iar_jax.runtime.errors import UserError
+from iar_jax.runtime.interruption import catch_stop_signals
 from iar_jax.runtime.progress import progress, say
 from iar_jax.sampling.decoding import generate
 
@@ -39,7 +43,6 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
                 f"{transformer_directory} was trained with another {name} ({transformer.inputs[name][:12]}) than "
                 f"{directory} ({metadata.fingerprint[:12]})"
             )
-    section = config.sampling
     directory = workdir / "samples" / artifacts.samples_name(config, transformer.figures["step"])
     inputs = {
         "tokenizer": tokenizer.fingerprint,
@@ -51,52 +54,72 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         return
     if jax.process_count() > 1:
         raise UserError("sample runs as one process; give it one machine, with any number of devices")
+    section = config.sampling
     start = time.monotonic()
-    mesh = sharding.make_mesh(**config.mesh)
-    sharding.check_batch_size(mesh, section.batch_size, "config.sampling.batch_size")
-    model, params, _, _ = load_transformer(transformer_directory, mesh)
-    vq, vq_params, _ = load_tokenizer(tokenizer_directory, mesh)
-    new_to_old = jnp.asarray(permutation.new_to_old)
-    decode = jax.jit(
-        lambda params, codes: vq.apply(
-            {"params": params}, new_to_old[codes].reshape(-1, model.grid_size, model.grid_size), method="decode_codes"
+    with lock.hold(directory):
+        mesh = sharding.make_mesh(**config.mesh)
+        sharding.check_batch_size(mesh, section.batch_size, "config.sampling.batch_size")
+        model, params, _, _ = load_transformer(transformer_directory, mesh)
+        vq, vq_params, _ = load_tokenizer(tokenizer_directory, mesh)
+        labels = choose_labels(section.labels, section.num_images, model.num_classes, section.seed)
+        new_to_old = jnp.asarray(permutation.new_to_old)
+        grid = (-1, model.grid_size, model.grid_size)
+        decode = jax.jit(
+            lambda params, codes: vq.apply({"params": params}, new_to_old[codes].reshape(grid), method="decode_codes")
         )
-    )
 
-    labels = choose_labels(section.labels, section.num_images, model.num_classes, section.seed)
-    base_key = jax.random.key(section.seed)
-    images = []
-    with sharding.use_mesh(mesh), progress("sample", section.num_images, "images") as shown:
-        for first in range(0, section.num_images, section.batch_size):
-            # Image i depends on (seed, i) alone; the filling of the last batch is thrown away.
-            indices = np.arange(first, first + section.batch_size)
-            batch = sharding.global_batch(
-                mesh, {"label": labels[np.minimum(indices, len(labels) - 1)], "index": indices.astype(np.int32)}
-            )
+        def images_at(indices: np.ndarray) -> np.ndarray:
+            batch = sharding.global_batch(mesh, {"label": labels[indices], "index": indices.astype(np.int32)})
+            # Image i depends on (seed, i) alone, whatever its batch.
             codes = generate(
                 model,
                 params,
                 batch["label"],
-                jax.vmap(jax.random.fold_in, in_axes=(None, 0))(base_key, batch["index"]),
+                jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(section.seed), batch["index"]),
                 cfg_scale=section.cfg_scale,
                 temperature=section.temperature,
                 top_k=section.top_k,
                 top_p=section.top_p,
             )
-            images.append(preprocessing.to_uint8(decode(vq_params, codes))[: section.num_images - first])
-            shown.update(len(images[-1]))
-    all_images = np.concatenate(images)
+            return preprocessing.to_uint8(decode(vq_params, codes))
 
-    artifacts.write_bytes(directory / "samples.npz", array_bytes(np.savez, all_images))
-    artifacts.write_bytes(directory / "labels.npy", array_bytes(np.save, labels))
-    pictures.write_png(directory / "grid.png", pictures.class_grid(all_images, labels))
-    seconds = time.monotonic() - start
-    fingerprint = artifacts.fingerprint_arrays({"images": all_images, "labels": labels})
-    artifacts.finish(directory, fingerprint, {"num_images": len(all_images), "seconds": seconds})
+        parts = ArrayParts(directory / "parts")
+        with sharding.use_mesh(mesh):
+            sample_all(parts, images_at, section.num_images, section.batch_size)
+        write_bytes(directory / "labels.npy", npy_bytes(labels))
+        shown = pictures.places_in_class_grid(labels)
+        grid_of_classes = pictures.class_grid(parts.take(shown), labels[shown])
+        pictures.write_png(directory / "grid.png", grid_of_classes)
+        digest = parts.save_npz(directory / "samples.npz")
+        seconds = time.monotonic() - start
+        fingerprint = hashlib.sha256(digest.encode() + labels.tobytes()).hexdigest()
+        artifacts.finish(directory, fingerprint, {"num_images": parts.done, "seconds": seconds})
+        parts.remove()
     say(
-        f"sample: {len(all_images)} images with cfg {section.cfg_scale:g} in {seconds:.0f} s; grid in "
+        f"sample: {section.num_images} images with cfg {section.cfg_scale:g} in {seconds:.0f} s; grid in "
         f"{directory / 'grid.png'}"
     )
+
+
+def sample_all(parts: ArrayParts, images_at: Callable[[np.ndarray], np.ndarray], num_images: int, batch_size: int):
+    """Appends the images that are not there yet, a part for each batch.
+
+    `images_at` makes the images of some indices, always batch_size of them: the filling of the last batch is thrown
+    away.
+
+    Raises:
+        Interrupted: a signal asked for a stop; what is done is kept.
+    """
+    with (
+        catch_stop_signals() as stop,
+        progress("sample", num_images, "images", first=parts.done) as shown,
+    ):
+        while parts.done < num_images:
+            indices = np.arange(parts.done, parts.done + batch_size)
+            images = images_at(np.minimum(indices, num_images - 1))[: num_images - parts.done]
+            parts.append(images)
+            shown.update(len(images))
+            stop.obey(f"sample stopped after image {parts.done} of {num_images}, which are kept")
 
 
 def choose_labels(protocol: str, num_images: int, num_classes: int, seed: int) -> np.ndarray:
@@ -104,13 +127,6 @@ def choose_labels(protocol: str, num_images: int, num_classes: int, seed: int) -
     if protocol == "balanced":
         return (np.arange(num_images) % num_classes).astype(np.int32)
     return np.random.default_rng(seed).integers(0, num_classes, num_images).astype(np.int32)
-
-
-def array_bytes(save, array: np.ndarray) -> bytes:
-    """An array as np.save or np.savez (name arr_0) writes it."""
-    buffer = io.BytesIO()
-    save(buffer, array)
-    return buffer.getvalue()
 
 
 if __name__ == "__main__":

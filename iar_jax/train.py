@@ -25,7 +25,7 @@ from iar_jax.runtime.progress import say
 from iar_jax.training import transformer_steps
 from iar_jax.training.loop import TrainingRun
 from iar_jax.training.optimizer import cluster_weight_schedule, learning_rate_of, optimizer_of
-from iar_jax.training.state import TrainState
+from iar_jax.training.state import TrainState, skip_unless_finite
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> None:
@@ -85,16 +85,8 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
 
     with (
         sharding.use_mesh(mesh),
-        TrainingRun(
-            directory,
-            "train",
-            num_steps=section.num_steps,
-            batch_size=section.batch_size,
-            log_every=section.log_every,
-            eval_every=section.eval_every,
-            checkpoint_every=section.checkpoint_every,
-            keep_checkpoints=section.keep_checkpoints,
-            flops_per_step=train_step_flops(model, section.batch_size),
+        TrainingRun.of(
+            section, directory, "train", flops_per_step=train_step_flops(model, section.batch_size)
         ) as training,
     ):
         state, shardings = sharding.initialise_sharded(init, mesh, key)
@@ -171,6 +163,8 @@ def make_step(
         loss_chunks=section.loss_chunks,
         learning_rate=learning_rate_of(section),
     )
+    if section.max_skipped_steps:
+        train_step = skip_unless_finite(train_step)
     init = functools.partial(transformer_steps.init_train_state, model=model, optimizer=optimizer)
     return model, init, train_step
 

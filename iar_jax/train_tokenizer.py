@@ -22,7 +22,7 @@ from iar_jax.runtime.progress import say
 from iar_jax.training import tokenizer_steps
 from iar_jax.training.loop import TrainingRun
 from iar_jax.training.optimizer import optimizer_of
-from iar_jax.training.state import TokenizerState
+from iar_jax.training.state import TokenizerState, skip_unless_finite
 
 SECTIONS = ("seed", "data", "tokenizer", "tokenizer_training")
 
@@ -45,16 +45,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
 
     with (
         sharding.use_mesh(mesh),
-        TrainingRun(
-            directory,
-            "train_tokenizer",
-            num_steps=section.num_steps,
-            batch_size=section.batch_size,
-            log_every=section.log_every,
-            eval_every=section.eval_every,
-            checkpoint_every=section.checkpoint_every,
-            keep_checkpoints=section.keep_checkpoints,
-        ) as training,
+        TrainingRun.of(section, directory, "train_tokenizer") as training,
     ):
         state, shardings = sharding.initialise_sharded(init, mesh, key)
         state = training.resume(state, checkpoint.abstract_tree(state, shardings))
@@ -132,7 +123,7 @@ def make_steps(config: ConfigDict) -> tuple[VQModel, PatchDiscriminator | None, 
         optimizer=optimizer,
         resolution=config.data.resolution,
     )
-    make_step = functools.partial(
+    make_train_step = functools.partial(
         tokenizer_steps.make_tokenizer_train_step,
         model,
         discriminator,
@@ -151,6 +142,11 @@ def make_steps(config: ConfigDict) -> tuple[VQModel, PatchDiscriminator | None, 
         usage_decay=0.99,
         quantize_from_step=section.quantize_from_step,
     )
+
+    def make_step(*, adversarial: bool) -> Callable:
+        step = make_train_step(adversarial=adversarial)
+        return skip_unless_finite(step) if section.max_skipped_steps else step
+
     return model, discriminator, init, make_step
 
 
@@ -161,7 +157,7 @@ def augment(section: ConfigDict, record: dict, rng: np.random.Generator) -> dict
         pixels = preprocessing.random_shift(pixels, section.max_shift, rng)
     elif section.augmentation == "crop_flip":
         pixels = preprocessing.random_crop_flip(pixels, section.smallest_crop, rng)
-    return {"image": preprocessing.to_unit_range(pixels)}
+    return {"image": preprocessing.to_unit_range(pixels), "image_id": record["image_id"]}
 
 
 def seed_images(config: ConfigDict, images: ImageDataset) -> np.ndarray:

@@ -7,6 +7,11 @@ import os
 # for. Without the pool each device computes on its own thread. Child processes inherit this.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
 
+# Stages that tests start again and again compile the same programs: they are kept here.
+CACHE = os.path.join(os.path.dirname(__file__), "..", ".pytest_cache", "compiled")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.abspath(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
 import jax
 import pytest
 

@@ -159,9 +159,9 @@ class CodeSource:
 
 
 def random_crop_codes(record: dict, rng: np.random.Generator) -> dict:
-    """A training example: the codes of one crop of an image, drawn evenly, [L]."""
+    """A training example: the codes of one crop of an image, drawn evenly, [L], with its label and id."""
     crop = int(rng.integers(len(record["codes"])))
-    return {"codes": record["codes"][crop], "label": record["label"]}
+    return {"codes": record["codes"][crop], "label": record["label"], "image_id": record["image_id"]}
 
 
 class FirstCrop:

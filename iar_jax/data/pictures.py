@@ -27,11 +27,19 @@ def image_grid(
 
 def class_grid(images: UInt8[np.ndarray, "N H W 3"], labels: np.ndarray) -> UInt8[np.ndarray, "Y X 3"]:
     """One row a class, the first ten classes and ten images of each; missing ones are black."""
+    places = places_in_class_grid(labels)
+    images, labels = images[places], labels[places]
     rows = []
-    for label in sorted(set(labels.tolist()))[:10]:
-        row = images[labels == label][:10]
+    for label in sorted(set(labels.tolist())):
+        row = images[labels == label]
         rows.append(np.concatenate([row, np.zeros((10 - len(row), *images.shape[1:]), np.uint8)]))
     return image_grid(np.concatenate(rows), columns=10, scale=scale_to_see(images.shape[1]))
+
+
+def places_in_class_grid(labels: np.ndarray) -> np.ndarray:
+    """Indices of the images that a `class_grid` shows."""
+    classes = sorted(set(labels.tolist()))[:10]
+    return np.concatenate([np.flatnonzero(labels == label)[:10] for label in classes])
 
 
 def scale_to_see(size: int) -> int:

@@ -74,7 +74,7 @@ def load_transformer(directory: epath.Path, mesh: Mesh) -> tuple[Transformer, An
     """A finished transformer artifact: module, averaged weights sharded by the rules, step, metadata."""
     metadata = artifacts.require(directory, "train")
     model = build_transformer(
-        {"scan_unroll": 1, "remat": "none"} | metadata.config["model"], **metadata.figures["facts"]
+        metadata.config["model"] | {"scan_unroll": 1, "remat": "none"}, **metadata.figures["facts"]
     )
     labels, codes = jnp.zeros((1,), jnp.int32), jnp.zeros((1, model.num_tokens), jnp.int32)
     boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), labels, codes)["params"])

@@ -8,7 +8,8 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,21 +18,35 @@ from ml_collections import ConfigDict
 
 from iar_jax.runtime import distributed
 from iar_jax.runtime.errors import UserError
+from iar_jax.runtime.progress import say
 
 FORMAT_VERSION = 1
 
 VERSIONED_PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
-# Fields that change how a stage runs but not what it makes.
-IMMATERIAL_FIELDS = (
-    "log_every",
-    "eval_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "scan_unroll",
-    "remat",
-    "loss_chunks",
-)
+# Fields that change how a stage runs but not what it makes: they may change from one part of a run to the next.
+IMMATERIAL_FIELDS = {
+    *(
+        f"{section}.{field}"
+        for section in ("tokenizer_training", "training")
+        for field in (
+            "log_every",
+            "eval_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "keep_every",
+            "keep_best",
+            "max_skipped_steps",
+        )
+    ),
+    "training.accumulation",
+    "training.loss_chunks",
+    "model.scan_unroll",
+    "model.remat",
+    "codes.batch_size",
+    "sampling.batch_size",
+    "evaluation.batch_size",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,14 +74,9 @@ class Metadata:
 
 
 def relevant_config(config: ConfigDict, sections: tuple[str, ...]) -> dict[str, Any]:
-    """The named sections (or single fields) as plain data, without the fields that do not matter."""
-    chosen = {}
-    for name in sections:
-        value = config[name]
-        if isinstance(value, ConfigDict):
-            value = {key: item for key, item in value.to_dict().items() if key not in IMMATERIAL_FIELDS}
-        chosen[name] = value
-    return chosen
+    """The named sections (or single fields) as plain data."""
+    chosen = {name: config[name] for name in sections}
+    return {name: value.to_dict() if isinstance(value, ConfigDict) else value for name, value in chosen.items()}
 
 
 def read_metadata(directory: epath.Path) -> Metadata | None:
@@ -89,7 +99,7 @@ def read_metadata(directory: epath.Path) -> Metadata | None:
 
 
 def finished(directory: epath.Path, config: dict[str, Any], inputs: dict[str, str]) -> Metadata | None:
-    """Metadata of an artifact that is there and whole.
+    """Metadata of an artifact that is there and whole; None where there is none, or it is to be trained for longer.
 
     Args:
         inputs: fingerprints that are known before anything is opened; others that the artifact has are not compared.
@@ -98,19 +108,21 @@ def finished(directory: epath.Path, config: dict[str, Any], inputs: dict[str, st
         UserError: what is there, finished or not, was made with another config or from other inputs.
     """
     found = read_metadata(directory)
-    if found is not None:
-        if found.figures.get("imported"):
-            # How and on what it was trained is not known, and does not matter.
-            config = _restricted(config, found.config)
-            inputs = {name: fingerprint for name, fingerprint in inputs.items() if name in found.inputs}
-        check_config_unchanged(directory, found, config)
-        for name, fingerprint in inputs.items():
-            if found.inputs.get(name) != fingerprint:
-                raise UserError(
-                    f"{directory} was made from another {name} ({found.inputs.get(name, 'none')[:12]}) than the one "
-                    f"given now ({fingerprint[:12]}); delete {directory} to make it again, or use another --workdir"
-                )
-    return found if found is not None and found.finished else None
+    if found is None:
+        return None
+    if found.figures.get("imported"):
+        # How and on what it was trained is not known, and does not matter.
+        config = _restricted(config, found.config)
+        inputs = {name: fingerprint for name, fingerprint in inputs.items() if name in found.inputs}
+    immaterial = check_config(directory, found, config)
+    for name, fingerprint in inputs.items():
+        if found.inputs.get(name) != fingerprint:
+            raise UserError(
+                f"{directory} was made from another {name} ({found.inputs.get(name, 'none')[:12]}) than the one "
+                f"given now ({fingerprint[:12]}); delete {directory} to make it again, or use another --workdir"
+            )
+    longer = any(difference.field.endswith(".num_steps") for difference in immaterial)
+    return found if found.finished and not longer else None
 
 
 def begin(directory: epath.Path, stage: str, config: dict[str, Any], inputs: dict[str, str]) -> Metadata | None:
@@ -120,11 +132,15 @@ def begin(directory: epath.Path, stage: str, config: dict[str, Any], inputs: dic
         UserError: as `finished`.
     """
     done = finished(directory, config, inputs)
-    new = read_metadata(directory) is None
+    found = read_metadata(directory)
     distributed.wait_for_all(f"begin {stage}")
-    if new:
+    if found is None:
         directory.mkdir(parents=True, exist_ok=True)
         _write(directory, Metadata(stage, False, "", inputs, config, {}, _versions()))
+    elif done is None:
+        for difference in check_config(directory, found, config):
+            say(f"{stage}: noted, {difference}")
+        _write(directory, dataclasses.replace(found, finished=False, config=config))
     return done
 
 
@@ -165,16 +181,46 @@ def samples_name(config: ConfigDict, step: int) -> str:
     return f"{step:07d}-{settings}"
 
 
-def check_config_unchanged(directory: epath.Path, found: Metadata, config: dict[str, Any]) -> None:
-    """Raises UserError with the differences where an artifact was made with another config."""
+class Difference(NamedTuple):
+    """A field of the config that is not what it was."""
+
+    field: str
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        return f"{self.field} was {self.old!r}, now {self.new!r}"
+
+
+def check_config(directory: epath.Path, found: Metadata, config: dict[str, Any]) -> list[Difference]:
+    """The differences between an artifact's config and this one that do not matter.
+
+    The number of steps does not where all schedules are constant, so that no step before would have been another; a
+    finished run can only get longer.
+
+    Raises:
+        UserError: some do matter; lists them.
+    """
     as_stored = json.loads(json.dumps(config))
+
+    def matters(difference: Difference) -> bool:
+        section, _, name = difference.field.removeprefix("config.").rpartition(".")
+        if name == "num_steps":
+            schedules = [value for field, value in found.config[section].items() if field.endswith("schedule")]
+            return any(value != "constant" for value in schedules) or (
+                found.finished and difference.new < difference.old
+            )
+        return f"{section}.{name}" not in IMMATERIAL_FIELDS
+
     differences = list(_differences(found.config, as_stored, "config"))
-    if differences:
+    material = [str(difference) for difference in differences if matters(difference)]
+    if material:
         raise UserError(
             f"{directory} was made with another config:\n  "
-            + "\n  ".join(differences)
+            + "\n  ".join(material)
             + f"\nUse another --workdir, set the old values, or delete {directory} and what was made from it."
         )
+    return differences
 
 
 def _restricted(config: Any, known: Any) -> Any:
@@ -184,12 +230,12 @@ def _restricted(config: Any, known: Any) -> Any:
     return config
 
 
-def _differences(old: Any, new: Any, field: str):
+def _differences(old: Any, new: Any, field: str) -> Iterator[Difference]:
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
             yield from _differences(old.get(key), new.get(key), f"{field}.{key}")
     elif old != new:
-        yield f"{field} was {old!r}, now {new!r}"
+        yield Difference(field, old, new)
 
 
 def _write(directory: epath.Path, metadata: Metadata) -> None:

@@ -1,20 +1,27 @@
-"""Checkpoints of a training run: Orbax, asynchronous, whole or absent.
+"""Checkpoints of a training run: Orbax, asynchronous, whole or absent, checked when they are read.
 
 A checkpoint has three items: `state` (everything but the averaged weights), `ema_params` (what the later stages
-read, and all that imported weights have) and `info` (plain numbers: the data position and the time spent).
+read, and all that imported weights have) and `info` (plain numbers: the data position, the time spent, checksums).
 
 The order of resuming: build the abstract state with its shardings; restore the latest checkpoint that can be read;
 start the data at its step.
 """
 
+import contextlib
 import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
+from jaxtyping import Array, UInt32
+from orbax.checkpoint import checkpoint_managers
 
-from iar_jax.runtime.errors import UserError
+from iar_jax.runtime.errors import UserError, file_system_reason
 from iar_jax.runtime.progress import say
 
 
@@ -25,35 +32,103 @@ def abstract_tree(tree: Any, shardings: Any) -> Any:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay.
+
+    Attributes:
+        latest: so many of the last ones, 1 at least.
+        every: all whose step is a multiple of it; 0 is none.
+        best: and the one with the lowest of this validation metric, "" for none, as "token_loss"; "-psnr" is the
+            highest PSNR. Only checkpoints whose step was validated take part.
+    """
+
+    latest: int
+    every: int = 0
+    best: str = ""
+
+    def policy(self) -> checkpoint_managers.AnyPreservationPolicy:
+        policies: list[Any] = [checkpoint_managers.LatestN(self.latest)]
+        if self.every:
+            policies.append(checkpoint_managers.EveryNSteps(self.every))
+        if self.best:
+            # Orbax keeps the last of those sorted from low to high.
+            policies.append(
+                checkpoint_managers.BestN(
+                    get_metric_fn=self._badness, n=1, reverse=True, keep_checkpoints_without_metrics=False
+                )
+            )
+        return checkpoint_managers.AnyPreservationPolicy(policies)
+
+    def _badness(self, metrics: dict[str, float]) -> float:
+        value = metrics[self.best.removeprefix("-")]
+        return -value if self.best.startswith("-") else value
+
+
 class Checkpoints:
     """The checkpoints of one run, in one directory."""
 
-    def __init__(self, directory: epath.Path, keep: int):
+    def __init__(self, directory: epath.Path, retention: Retention):
         self.directory = directory
-        self.manager = ocp.CheckpointManager(
-            directory.resolve(),
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True),
-        )
+        with explained(f"{directory} cannot be opened"):
+            self.manager = ocp.CheckpointManager(
+                directory.resolve(),
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=retention.policy(),
+                    enable_async_checkpointing=True,
+                    # What a killed save left.
+                    cleanup_tmp_directories=True,
+                ),
+            )
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.manager.wait_until_finished()
-        self.manager.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.wait_until_finished()
+        except UserError as error:
+            if kind is None:
+                raise
+            say(f"WARNING: {error}")
+        finally:
+            self.manager.close()
 
-    def save(self, step: int, state: Any, info: dict[str, int | float]) -> None:
-        """Starts saving a state (a dataclass with `ema_params`); returns before it is on disk."""
+    def save(
+        self, step: int, state: Any, info: dict[str, int | float], metrics: dict[str, float] | None = None
+    ) -> None:
+        """Starts saving a state (a dataclass with `ema_params`); returns before it is on disk.
+
+        Args:
+            metrics: of the validation set, for the best one to be known by.
+
+        Raises:
+            UserError: this checkpoint, or the one before it, could not be written.
+        """
         if step in self.manager.all_steps():
             return
-        self.manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(dataclasses.replace(state, ema_params=None)),
-                ema_params=ocp.args.StandardSave(state.ema_params),
-                info=ocp.args.JsonSave({"data_position": step, **info}),
-            ),
-        )
+        rest = dataclasses.replace(state, ema_params=None)
+        info = {"data_position": step, **info}
+        info |= {"state_checksum": int(checksum(rest)), "ema_checksum": int(checksum(state.ema_params))}
+        with explained(f"{self.directory}: the checkpoint of step {step}, or the one before it, was not written"):
+            self.manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(rest),
+                    ema_params=ocp.args.StandardSave(state.ema_params),
+                    info=ocp.args.JsonSave(sealed(info)),
+                ),
+                metrics=metrics,
+            )
+
+    def wait_until_finished(self) -> None:
+        """Returns when what `save` started is on disk.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        with explained(f"{self.directory}: the last checkpoint was not written"):
+            self.manager.wait_until_finished()
 
     def restore_latest(self, abstract_state: Any) -> tuple[Any, dict[str, int | float]] | None:
         """State and info of the latest checkpoint that can be read; None where there is none.
@@ -74,17 +149,19 @@ class Checkpoints:
                         info=ocp.args.JsonRestore(),
                     ),
                 )
+                info = opened(restored["info"])
+                compare("its state", info.get("state_checksum"), restored["state"])
+                compare("its averaged weights", info.get("ema_checksum"), restored["ema_params"])
             except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
-                reason = " ".join(str(error).split())[:200]
                 say(
-                    f"WARNING: the checkpoint of step {step} in {self.directory} cannot be read ({reason}); "
+                    f"WARNING: the checkpoint of step {step} in {self.directory} cannot be read ({brief(error)}); "
                     "falling back to the one before it"
                 )
                 damaged.append(step)
                 continue
             for later in damaged:
                 self.manager.delete(later)
-            return dataclasses.replace(restored["state"], ema_params=restored["ema_params"]), restored["info"]
+            return dataclasses.replace(restored["state"], ema_params=restored["ema_params"]), info
         if damaged:
             raise UserError(
                 f"{self.directory}: none of the checkpoints of steps {sorted(damaged)} can be read; they are left as "
@@ -95,8 +172,11 @@ class Checkpoints:
 
 def save_params(directory: epath.Path, step: int, params: Any) -> None:
     """Writes a checkpoint that has weights alone, for `restore_params`."""
+    info = sealed({"ema_checksum": int(checksum(params))})
     with ocp.CheckpointManager(directory.resolve()) as manager:
-        manager.save(step, args=ocp.args.Composite(ema_params=ocp.args.StandardSave(params)))
+        manager.save(
+            step, args=ocp.args.Composite(ema_params=ocp.args.StandardSave(params), info=ocp.args.JsonSave(info))
+        )
         manager.wait_until_finished()
 
 
@@ -104,15 +184,80 @@ def restore_params(directory: epath.Path, abstract_params: Any) -> tuple[Any, in
     """The averaged weights of the latest checkpoint in `directory`, and its step.
 
     Raises:
-        UserError: no checkpoint, or one that does not fit the model.
+        UserError: no checkpoint, one that is damaged, or one that does not fit the model.
     """
     steps = ocp.utils.checkpoint_steps(directory.resolve()) if directory.exists() else []
     if not steps:
         raise UserError(f"{directory}: no checkpoint in it")
     step = max(steps)
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore((directory / str(step) / "ema_params").resolve(), abstract_params), step
+        with (
+            ocp.StandardCheckpointer() as checkpointer,
+            ocp.Checkpointer(ocp.JsonCheckpointHandler()) as json_checkpointer,
+        ):
+            params = checkpointer.restore((directory / str(step) / "ema_params").resolve(), abstract_params)
+            info = opened(json_checkpointer.restore((directory / str(step) / "info").resolve()))
+        compare("they", info.get("ema_checksum"), params)
+        return params, step
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{directory}: the weights of step {step} cannot be read into this model ({reason})") from error
+        raise UserError(
+            f"{directory}: the weights of step {step} cannot be read into this model ({brief(error)})"
+        ) from error
+
+
+@jax.jit
+def checksum(tree: Any) -> UInt32[Array, ""]:
+    """A number that another bit anywhere in the arrays, or two entries swapped, would change.
+
+    Orbax's files have no checksums of their own: a flipped bit in them is read as another weight. The sum is over
+    integers, so that it is the same for any sharding, and an odd factor for each place keeps every bit in it.
+    """
+    total = jnp.uint32(0)
+    for index, leaf in enumerate(jax.tree.leaves(tree)):
+        width = leaf.dtype.itemsize * 8
+        bits = leaf if leaf.dtype == bool else jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{width}"))
+        place = jnp.zeros(leaf.shape, jnp.uint32)
+        for axis, size in enumerate(leaf.shape):
+            place = place * size + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+        total += jnp.uint32(2 * index + 1) * jnp.sum(bits.astype(jnp.uint32) * (2 * place + 1), dtype=jnp.uint32)
+    return total
+
+
+def compare(what: str, expected: int | float | None, tree: Any) -> None:
+    if expected is not None and int(checksum(tree)) != expected:
+        raise ValueError(f"{what} changed since they were written")
+
+
+def sealed(info: dict[str, int | float]) -> dict[str, Any]:
+    """Info with a digest of itself."""
+    return {**info, "digest": digest(info)}
+
+
+def opened(info: dict[str, Any]) -> dict[str, int | float]:
+    """Undoes `sealed`; raises ValueError where the digest is another."""
+    content = {name: value for name, value in info.items() if name != "digest"}
+    if info.get("digest") != digest(content):
+        raise ValueError("its info changed since it was written")
+    return content
+
+
+def digest(info: dict[str, int | float]) -> str:
+    return hashlib.sha256(json.dumps(info, sort_keys=True).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Turns a failure of the file system, in whatever dress Orbax brings it, into a UserError."""
+    try:
+        yield
+    except Exception as error:
+        reason = file_system_reason(error)
+        if reason is None:
+            raise
+        raise UserError(
+            f"{what}: {reason}. Checkpoints written before are whole; run the same command to go on from the last one"
+        ) from error
+
+
+def brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

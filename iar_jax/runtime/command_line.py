@@ -15,8 +15,8 @@ from ml_collections import ConfigDict, config_flags
 from iar_jax.runtime import distributed
 from iar_jax.runtime.config import check_config, field_names, unknown_field
 from iar_jax.runtime.default_config import default_config
-from iar_jax.runtime.errors import UserError
-from iar_jax.runtime.interruption import Interrupted
+from iar_jax.runtime.errors import UserError, file_system_reason
+from iar_jax.runtime.interruption import Interrupted, leave_at_once
 
 EXIT_USER_ERROR = 2
 
@@ -35,6 +35,8 @@ def main(run: Callable[[ConfigDict, epath.Path], None]) -> NoReturn:
     def guarded(_):
         try:
             distributed.initialise()
+            if not distributed.joined():
+                signal.signal(signal.SIGTERM, leave_at_once)
             config = flags.FLAGS.config
             check_config(config)
             logging.set_verbosity(logging.WARNING)
@@ -48,7 +50,15 @@ def main(run: Callable[[ConfigDict, epath.Path], None]) -> NoReturn:
             _fail(str(stop) if distributed.is_first() else "", 128 + stop.signal_number)
         except KeyboardInterrupt:
             _fail("stopped; run the same command to go on", 128 + signal.SIGINT)
-        except Exception:
+        except Exception as error:
+            reason = file_system_reason(error)
+            if reason is not None:
+                where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+                _fail(
+                    f"{where}{reason}. What was finished before is whole; once that is put right, the same command "
+                    "goes on",
+                    EXIT_USER_ERROR,
+                )
             if jax.process_count() > 1:
                 # Others may wait for this process in a collective: they are to hear of its end at once.
                 traceback.print_exc()

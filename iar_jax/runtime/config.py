@@ -13,6 +13,7 @@ from iar_jax.runtime.errors import UserError
 CHOICES = {
     "data.augmentation": ("none", "shift", "crop_flip"),
     "tokenizer.dtype": ("float32", "bfloat16"),
+    "tokenizer_training.keep_best": ("", "-psnr", "-codebook_usage", "-codebook_perplexity"),
     "tokenizer_training.schedule": ("constant", "cosine"),
     "codebook.assignment": ("greedy", "optimal"),
     "codebook.order": ("chain", "path"),
@@ -20,6 +21,7 @@ CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "layer", "dots"),
     "training.cluster_weight_schedule": ("constant", "linear", "cosine"),
+    "training.keep_best": ("", "token_loss", "cluster_loss", "-token_accuracy", "-cluster_accuracy"),
     "training.schedule": ("constant", "cosine"),
     "sampling.labels": ("balanced", "uniform"),
     "evaluation.features": ("classifier",),
@@ -34,8 +36,12 @@ MAY_BE_ZERO = {
     "tokenizer_training.adversarial_from_step",
     "tokenizer_training.quantize_from_step",
     "tokenizer_training.restart_every",
+    "tokenizer_training.keep_every",
+    "tokenizer_training.max_skipped_steps",
     "tokenizer_training.restart_until_step",
     "model.hidden_dim",
+    "training.keep_every",
+    "training.max_skipped_steps",
     "training.warmup_steps",
     "sampling.top_k",
     "sampling.seed",
@@ -214,6 +220,14 @@ def _check_together(config: ConfigDict) -> None:
             f"config.tokenizer_training.discriminator_layers is {training.discriminator_layers}, which needs pictures "
             f"of {smallest} pixels; config.data.resolution is {config.data.resolution}"
         )
+    for name in ("tokenizer_training", "training"):
+        section = config[name]
+        if section.keep_best and section.checkpoint_every % section.eval_every:
+            raise UserError(
+                f"config.{name}.keep_best is {section.keep_best!r}, and checkpoints every {section.checkpoint_every} "
+                f"steps are not all validated, which happens every {section.eval_every}; make config.{name}."
+                f"checkpoint_every a multiple of config.{name}.eval_every"
+            )
     if config.training.batch_size % config.training.accumulation:
         raise UserError(
             f"config.training.accumulation is {config.training.accumulation}, which does not divide "

@@ -77,7 +77,10 @@ def default_config() -> ConfigDict:
             "log_every": 100,
             "eval_every": 5000,
             "checkpoint_every": 5000,
-            "keep_checkpoints": 2,
+            "keep_checkpoints": 2,  # the last ones; and
+            "keep_every": 0,  # those whose step is a multiple of this; 0 is none; and
+            "keep_best": "",  # the one with the lowest of this val metric; a minus before it is the highest
+            "max_skipped_steps": 0,  # steps with a loss or gradient that is not finite that may be left out
         }
     )
 
@@ -144,7 +147,10 @@ def default_config() -> ConfigDict:
             "log_every": 100,
             "eval_every": 5000,
             "checkpoint_every": 5000,
-            "keep_checkpoints": 2,
+            "keep_checkpoints": 2,  # the last ones; and
+            "keep_every": 0,  # those whose step is a multiple of this; 0 is none; and
+            "keep_best": "",  # the one with the lowest of this val metric; a minus before it is the highest
+            "max_skipped_steps": 0,  # steps with a loss or gradient that is not finite that may be left out
         }
     )
 

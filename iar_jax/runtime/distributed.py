@@ -79,6 +79,13 @@ def wait_for_all(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def any_process(value: bool) -> bool:
+    """Whether it is true on any of the processes; the same answer on all of them."""
+    if jax.process_count() == 1:
+        return value
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(value))))
+
+
 def to_host(tree: Any) -> Any:
     """Arrays of a tree as numpy, whole on every process, however they are sharded."""
     if jax.process_count() == 1:

@@ -1,8 +1,21 @@
 """The one exception for mistakes that a person can put right."""
 
+import errno
+import os
+
 
 class UserError(Exception):
     """Shown to the user as it is, without a stack trace; the program ends with exit code 2.
 
     The message says what was wrong, where, what is allowed and what to do.
     """
+
+
+def file_system_reason(error: BaseException) -> str | None:
+    """What the file system said, where that is what an error is about; None otherwise."""
+    text = str(error)
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EFBIG):
+        if getattr(error, "errno", None) == number or os.strerror(number) in text:
+            return os.strerror(number)
+    cause = error.__cause__ or error.__context__
+    return file_system_reason(cause) if cause is not None else None

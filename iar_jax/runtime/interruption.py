@@ -2,8 +2,9 @@
 
 import contextlib
 import signal
+import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from iar_jax.runtime import distributed
 
@@ -21,6 +22,17 @@ class StopRequest:
 
     signal_number: int | None = None
 
+    def obey(self, what: str) -> None:
+        """Raises Interrupted where a stop was asked for; `what` says where it stopped."""
+        if self.signal_number is not None:
+            raise Interrupted(f"{what}; run the same command to go on", self.signal_number)
+
+
+def leave_at_once(number: int, _frame: Any) -> NoReturn:
+    """A signal handler that ends the process, and says that what is finished is kept."""
+    print("\nstopped at once; what was finished is kept, and the same command goes on", file=sys.stderr, flush=True)
+    distributed.leave(128 + number)
+
 
 @contextlib.contextmanager
 def catch_stop_signals() -> Iterator[StopRequest]:
@@ -33,8 +45,8 @@ def catch_stop_signals() -> Iterator[StopRequest]:
 
     def handle(number, _frame):
         request.signal_number = number
-        for name, handler in before.items():
-            signal.signal(name, handler)
+        for name in before:
+            signal.signal(name, leave_at_once)
 
     for name in (signal.SIGINT,) if distributed.joined() else (signal.SIGINT, signal.SIGTERM):
         before[name] = signal.signal(name, handle)

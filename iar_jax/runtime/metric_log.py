@@ -1,7 +1,6 @@
-"""Metrics to TensorBoard and to a JSONL file, with rates, and a stop when the loss is no longer a number."""
+"""Metrics to TensorBoard and to JSONL files, and the rates of a run."""
 
 import json
-import math
 import os
 import time
 from typing import Any
@@ -11,7 +10,6 @@ from etils import epath
 
 from iar_jax.runtime import distributed
 from iar_jax.runtime.compiled_cost import peak_flops
-from iar_jax.runtime.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
 SPEED_FILE = "speed.jsonl"
@@ -50,25 +48,13 @@ class MetricLog:
             self.speed_file.close()
             self.tensorboard.close()
 
-    def write(self, step: int, metrics: dict[str, Any], prefix: str) -> dict[str, float]:
-        """Writes the metrics of a step as prefix/name and returns them as numbers.
-
-        Raises:
-            UserError: one of them is not finite.
-        """
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    def write(self, step: int, values: dict[str, float], prefix: str) -> None:
+        """Writes the metrics of a step as prefix/name."""
         named = {f"{prefix}/{name}": value for name, value in values.items()}
-        bad = [name for name, value in named.items() if not math.isfinite(value)]
         if self.file is not None:
             self.file.write(json.dumps({"step": step, **named}) + "\n")
             self.file.flush()
             self.tensorboard.write_scalars(step, named)
-        if bad:
-            raise UserError(
-                f"step {step}: {', '.join(bad)} is not finite. The last checkpoint is kept; a lower learning rate or "
-                "clip_norm usually helps"
-            )
-        return values
 
     def write_speed(self, step: int, images_per_step: int, waited: float, flops_per_step: float) -> None:
         """Writes the speed since the last call to TensorBoard and to speed.jsonl: no part of what must repeat.

@@ -4,9 +4,11 @@ The fields are typed Any because the same trees also hold shapes, shardings and 
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 
@@ -57,11 +59,23 @@ class TokenizerState:
     discriminator: Any
 
 
+def skip_unless_finite(train_step: Callable) -> Callable:
+    """The same step, (state, *batch) -> (state, metrics), but one that only counts where a metric is not finite."""
+
+    def step(state, *batch):
+        new, metrics = train_step(state, *batch)
+        sound = jax.tree.reduce(jnp.logical_and, jax.tree.map(jnp.isfinite, metrics))
+        kept = jax.tree.map(lambda after, before: jnp.where(sound, after, before), new, state)
+        return dataclasses.replace(kept, step=new.step), metrics
+
+    return step
+
+
 def update_ema(ema: Any, params: Any, decay: float, step: Int[Array, ""]) -> Any:
     """Moves the average towards the parameters.
 
     The decay starts at 0.1 and rises as (1 + step) / (10 + step) up to `decay`, so that a short run's average is not
     made of its random start.
     """
-    rate = 1.0 - jax.numpy.minimum(decay, (1.0 + step) / (10.0 + step))
+    rate = 1.0 - jnp.minimum(decay, (1.0 + step) / (10.0 + step))
     return jax.tree.map(lambda average, new: average + rate * (new - average), ema, params)

@@ -10,7 +10,7 @@ from iar_jax.runtime import artifacts
 from iar_jax.runtime.default_config import default_config
 from iar_jax.runtime.errors import UserError
 
-CONFIG = {"training": {"num_steps": 3, "rates": [1, 2]}}
+CONFIG = {"training": {"num_steps": 3, "rates": [1, 2], "schedule": "cosine", "log_every": 1}}
 
 
 def made(tmp_path, config=CONFIG, inputs=None):
@@ -37,7 +37,7 @@ def test_a_config_that_changed_is_refused_with_the_differences(tmp_path, finish)
     directory = made(tmp_path)
     if finish:
         artifacts.finish(directory, "f", {})
-    changed = {"training": {"num_steps": 4, "rates": [1, 2]}}
+    changed = {"training": CONFIG["training"] | {"num_steps": 4}}
     with pytest.raises(UserError, match=r"config.training.num_steps was 3, now 4"):
         artifacts.begin(directory, "train", changed, {"codes": "a" * 64})
 
@@ -48,13 +48,37 @@ def test_other_inputs_are_refused(tmp_path):
         artifacts.begin(directory, "train", CONFIG, {"codes": "b" * 64})
 
 
-def test_fields_that_make_no_difference_may_change():
+@pytest.mark.parametrize("finish", [False, True])
+def test_fields_that_make_no_difference_may_change_and_that_is_noted(tmp_path, capsys, finish):
+    directory = made(tmp_path)
+    if finish:
+        artifacts.finish(directory, "f", {})
+    changed = {"training": CONFIG["training"] | {"log_every": 7}}
+    assert bool(artifacts.begin(directory, "train", changed, {})) == finish
+    noted = "train: noted, config.training.log_every was 1, now 7" in capsys.readouterr().out
+    assert noted != finish
+
+
+def test_every_immaterial_field_is_one_of_the_config():
     config = default_config()
-    before = artifacts.relevant_config(config, ("seed", "training"))
-    config.training.log_every = 7
-    assert artifacts.relevant_config(config, ("seed", "training")) == before
-    config.training.num_steps = 7
-    assert artifacts.relevant_config(config, ("seed", "training")) != before
+    for field in artifacts.IMMATERIAL_FIELDS:
+        section, name = field.split(".")
+        assert name in config[section], field
+
+
+def test_with_constant_schedules_a_run_may_get_longer(tmp_path, capsys):
+    constant = {"training": CONFIG["training"] | {"schedule": "constant"}}
+    directory = made(tmp_path, constant)
+    for num_steps in (5, 4):  # while it runs, also shorter
+        changed = {"training": constant["training"] | {"num_steps": num_steps}}
+        assert artifacts.begin(directory, "train", changed, {}) is None
+        assert f"now {num_steps}" in capsys.readouterr().out
+    artifacts.finish(directory, "f", {})
+    with pytest.raises(UserError, match="num_steps was 4, now 3"):
+        artifacts.begin(directory, "train", constant, {})
+    assert artifacts.begin(directory, "train", {"training": constant["training"] | {"num_steps": 9}}, {}) is None
+    with pytest.raises(UserError, match="is not finished"):
+        artifacts.require(directory, "train")
 
 
 def test_damaged_metadata_and_later_formats_are_refused(tmp_path):

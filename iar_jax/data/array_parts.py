@@ -1,0 +1,115 @@
+"""A long array that is made piece by piece: parts on disk, joined into one .npz at the end, never all in memory."""
+
+import hashlib
+import io
+import itertools
+import zipfile
+
+import numpy as np
+from etils import epath
+
+from iar_jax.runtime.artifacts import write_bytes
+from iar_jax.runtime.errors import UserError
+
+
+class ArrayParts:
+    """Rows 0 .. done of an array [num_rows, ...], in a directory of files that are whole or not there."""
+
+    def __init__(self, directory: epath.Path):
+        self.directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+        self.starts = [0]
+        while (path := self._path(self.starts[-1])).exists():
+            rows = self._read(path)
+            if rows is None:
+                path.unlink()
+                break
+            self.starts.append(self.starts[-1] + len(rows))
+
+    @property
+    def done(self) -> int:
+        """Rows that are there."""
+        return self.starts[-1]
+
+    def append(self, rows: np.ndarray) -> None:
+        """Writes the next rows."""
+        write_bytes(self._path(self.done), npy_bytes(rows))
+        self.starts.append(self.done + len(rows))
+
+    def take(self, indices: np.ndarray) -> np.ndarray:
+        """The rows at `indices`, in their order."""
+        found: dict[int, np.ndarray] = {}
+        for start, stop in itertools.pairwise(self.starts):
+            wanted = [int(index) for index in indices if start <= index < stop]
+            if wanted:
+                rows = self._rows(start)
+                found |= {index: rows[index - start].copy() for index in wanted}
+        return np.stack([found[int(index)] for index in indices])
+
+    def save_npz(self, path: epath.Path) -> str:
+        """Writes all rows as `arr_0` of an uncompressed .npz, whole or not at all; returns the SHA-256 of the rows."""
+        digest = hashlib.sha256()
+        first = self._rows(0)
+        header = {
+            "descr": np.lib.format.dtype_to_descr(first.dtype),
+            "fortran_order": False,
+            "shape": (self.done, *first.shape[1:]),
+        }
+        # A fixed date: the same rows are the same file.
+        name = zipfile.ZipInfo("arr_0.npy", (1980, 1, 1, 0, 0, 0))
+        partial = path.parent / (path.name + ".partial")
+        with (
+            partial.open("wb") as file,
+            zipfile.ZipFile(file, "w") as archive,
+            archive.open(name, "w", force_zip64=True) as member,
+        ):
+            np.lib.format.write_array_header_1_0(member, header)
+            for start in self.starts[:-1]:
+                rows = np.ascontiguousarray(self._rows(start)).data
+                member.write(rows)
+                digest.update(rows)
+        partial.replace(path)
+        return digest.hexdigest()
+
+    def remove(self) -> None:
+        self.directory.rmtree()
+
+    def _path(self, start: int) -> epath.Path:
+        return self.directory / f"from-{start:08d}.npy"
+
+    def _rows(self, start: int) -> np.ndarray:
+        rows = self._read(self._path(start))
+        if rows is None:
+            raise UserError(f"{self._path(start)} was damaged while its stage ran; run the same command again")
+        return rows
+
+    def _read(self, path: epath.Path) -> np.ndarray | None:
+        try:
+            return np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            return None
+
+
+def npy_bytes(array: np.ndarray) -> bytes:
+    """An array as np.save writes it."""
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def read_array(path: epath.Path, name: str = "arr_0") -> np.ndarray:
+    """An array of a .npz file (by its name) or of a .npy file.
+
+    Raises:
+        UserError: not there, damaged, or one that holds Python objects, which are never loaded.
+    """
+    try:
+        with path.open("rb") as file:
+            found = np.load(file, allow_pickle=False)
+            return found[name] if isinstance(found, np.lib.npyio.NpzFile) else found
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is not there") from error
+    except KeyError as error:
+        raise UserError(f"{path} has no array {name!r}") from error
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be read as arrays ({' '.join(str(error).split())})") from error
