@@ -12,8 +12,8 @@ CACHE = os.path.join(os.path.dirname(__file__), "..", ".pytest_cache", "compiled
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.abspath(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
-import jax
-import pytest
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)

@@ -49,11 +49,11 @@ class ArrayParts:
     def save_npz(self, path: epath.Path) -> str:
         """Writes all rows as `arr_0` of an uncompressed .npz, whole or not at all; returns the SHA-256 of the rows."""
         digest = hashlib.sha256()
-        first = self._rows(0)
+        row = self.take(np.array([0]))[0]
         header = {
-            "descr": np.lib.format.dtype_to_descr(first.dtype),
+            "descr": np.lib.format.dtype_to_descr(row.dtype),
             "fortran_order": False,
-            "shape": (self.done, *first.shape[1:]),
+            "shape": (self.done, *row.shape),
         }
         # A fixed date: the same rows are the same file.
         name = zipfile.ZipInfo("arr_0.npy", (1980, 1, 1, 0, 0, 0))
@@ -85,7 +85,8 @@ class ArrayParts:
 
     def _read(self, path: epath.Path) -> np.ndarray | None:
         try:
-            return np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+            with path.open("rb") as file:
+                return np.load(file, allow_pickle=False)
         except (OSError, ValueError, EOFError):
             return None
 

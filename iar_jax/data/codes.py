@@ -15,7 +15,9 @@ from jaxtyping import Int
 
 from iar_jax.codebook.permutation import Permutation, load_permutation
 from iar_jax.runtime.artifacts import Metadata, fingerprint_arrays, require
-from iar_jax.runtime.errors import UserError
+from iar_jax.runtime.errors import UserError, brief
+
+MAKE_AGAIN = "delete that directory and run python -m iar_jax.extract_codes again"
 
 # image id, label, number of crops, codes of a crop, bytes of a code; little-endian.
 HEADER = struct.Struct("<qiIIB")
@@ -126,7 +128,10 @@ class CodeSource:
                 f"{directory} has {len(self.paths)} of {promised or 'its'} code files; run python -m "
                 "iar_jax.extract_codes again"
             )
-        self.source = ArrayRecordDataSource(self.paths)
+        try:
+            self.source = ArrayRecordDataSource(self.paths)
+        except Exception as error:  # of many kinds, for files that are no ArrayRecord any more
+            raise UserError(f"{directory}: its code files cannot be read ({brief(error)}); {MAKE_AGAIN}") from error
         self.permutation = permutation
         self.num_classes = num_classes
 
@@ -139,8 +144,10 @@ class CodeSource:
     def __getitem__(self, index: int) -> dict:
         try:
             record = unpack(self.source[index])
-        except ValueError as error:
-            raise UserError(f"record {index} of {self.paths[0]} and its shards: {error}") from error
+        except Exception as error:  # ArrayRecord checks what it reads, and raises several kinds
+            raise UserError(
+                f"record {index} of {self.paths[0]} and its shards cannot be read ({brief(error)}); {MAKE_AGAIN}"
+            ) from error
         if record.codes.size and not 0 <= record.codes.min() <= record.codes.max() < len(self.permutation.old_to_new):
             raise UserError(
                 f"record {index} (image {record.image_id}) has the code {record.codes.max()}; the codebook has "

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,7 +22,8 @@ from etils import epath
 from jaxtyping import Array, UInt32
 from orbax.checkpoint import checkpoint_managers
 
-from iar_jax.runtime.errors import UserError, file_system_reason
+from iar_jax.runtime import distributed
+from iar_jax.runtime.errors import UserError, brief, file_system_reason
 from iar_jax.runtime.progress import say
 
 
@@ -107,6 +109,7 @@ class Checkpoints:
         """
         if step in self.manager.all_steps():
             return
+        check_room(self.directory, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
         rest = dataclasses.replace(state, ema_params=None)
         info = {"data_position": step, **info}
         info |= {"state_checksum": int(checksum(rest)), "ema_checksum": int(checksum(state.ema_params))}
@@ -245,6 +248,22 @@ def digest(info: dict[str, int | float]) -> str:
     return hashlib.sha256(json.dumps(info, sort_keys=True).encode()).hexdigest()
 
 
+def check_room(directory: epath.Path, num_bytes: int) -> None:
+    """Raises UserError where a disk has too little room for a checkpoint: before a save rather than in it, where each
+    of the threads of Orbax and TensorStore would complain by itself. Not every file system tells."""
+    try:
+        stats = os.statvfs(directory)
+    except OSError:
+        return
+    free = stats.f_bavail * stats.f_frsize
+    if distributed.any_process(free < num_bytes):
+        raise UserError(
+            f"{directory}: no space left for another checkpoint, which takes {num_bytes / 1e6:.1f} MB; "
+            f"{free / 1e6:.1f} MB are free. Those written before are whole; make room and run the same command to go "
+            "on from the last one"
+        )
+
+
 @contextlib.contextmanager
 def explained(what: str) -> Iterator[None]:
     """Turns a failure of the file system, in whatever dress Orbax brings it, into a UserError."""
@@ -257,7 +276,3 @@ def explained(what: str) -> Iterator[None]:
         raise UserError(
             f"{what}: {reason}. Checkpoints written before are whole; run the same command to go on from the last one"
         ) from error
-
-
-def brief(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -3,9 +3,10 @@
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
@@ -40,6 +41,7 @@ def main(run: Callable[[ConfigDict, epath.Path], None]) -> NoReturn:
             config = flags.FLAGS.config
             check_config(config)
             logging.set_verbosity(logging.WARNING)
+            logging.get_absl_handler().addFilter(not_explained)
             workdir = epath.Path(flags.FLAGS.workdir).expanduser()
             save_config(config, workdir)
             run(config, workdir)
@@ -53,9 +55,9 @@ def main(run: Callable[[ConfigDict, epath.Path], None]) -> NoReturn:
         except Exception as error:
             reason = file_system_reason(error)
             if reason is not None:
-                where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+                where = getattr(error, "filename", None) or flags.FLAGS.workdir
                 _fail(
-                    f"{where}{reason}. What was finished before is whole; once that is put right, the same command "
+                    f"{where}: {reason}. What was finished before is whole; once that is put right, the same command "
                     "goes on",
                     EXIT_USER_ERROR,
                 )
@@ -66,6 +68,13 @@ def main(run: Callable[[ConfigDict, epath.Path], None]) -> NoReturn:
             raise
 
     app.run(guarded, flags_parser=_parse)
+
+
+def not_explained(record: Any) -> bool:
+    """Keeps out of the log what the user is told in a sentence: stack traces of a full disk, from each of Orbax's
+    threads."""
+    error = record.exc_info[1] if record.exc_info else None
+    return error is None or file_system_reason(error) is None
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -131,6 +140,8 @@ def save_config(config: ConfigDict, workdir: epath.Path) -> None:
 def _fail(message: str, code: int) -> NoReturn:
     if message:
         print(f"\n{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
-    if distributed.joined():
+    # Threads of a save that failed wait for each other for ten minutes.
+    waiting = any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread())
+    if distributed.joined() or waiting:
         distributed.leave(code)
     sys.exit(code)

@@ -6,6 +6,7 @@ they share a workdir; process 0 alone writes small files and speaks.
 
 import os
 import signal
+import sys
 from typing import Any, NoReturn
 
 import jax
@@ -105,4 +106,6 @@ def asked_to_stop(step: int, signal_number: int | None) -> int | None:
 
 def leave(code: int) -> NoReturn:
     """Ends this process without waiting for the others, which may never come."""
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(code)

@@ -19,3 +19,8 @@ def file_system_reason(error: BaseException) -> str | None:
             return os.strerror(number)
     cause = error.__cause__ or error.__context__
     return file_system_reason(cause) if cause is not None else None
+
+
+def brief(error: Exception) -> str:
+    """An error of a library in one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

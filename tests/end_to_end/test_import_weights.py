@@ -16,7 +16,7 @@ from iar_jax.interop.torch_files import read_torch_file
 from iar_jax.models.transformer import Transformer
 from iar_jax.runtime import sharding
 from iar_jax.sampling.decoding import generate
-from tests.end_to_end.test_pipeline import call
+from tests.stages import call
 
 CONFIG = "configs/imagenet.py:B,256"
 

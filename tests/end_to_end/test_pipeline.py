@@ -14,44 +14,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-ROOT = pathlib.Path(__file__).parents[2]
-
-# The stages at a size where all of them together take a minute.
-TINY = [
-    "--config.tokenizer.channels=16",
-    "--config.tokenizer.codebook_size=64",
-    "--config.tokenizer_training.num_steps=30",
-    "--config.tokenizer_training.quantize_from_step=10",
-    "--config.tokenizer_training.eval_every=20",
-    "--config.tokenizer_training.checkpoint_every=15",
-    "--config.codebook.cluster_size=8",
-    "--config.codebook.order=path",
-    "--config.model.dim=32",
-    "--config.model.num_layers=2",
-    "--config.model.scan_unroll=2",
-    "--config.training.num_steps=24",
-    "--config.training.eval_every=10",
-    "--config.training.checkpoint_every=10",
-    "--config.training.log_every=2",
-    "--config.sampling.num_images=20",
-    "--config.sampling.batch_size=8",
-    "--config.evaluation.classifier_steps=20",
-]
-
-
-def call(stage, workdir, *arguments, config="configs/mnist.py", devices=1, check=True):
-    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-m", f"iar_jax.{stage}", f"--config={config}", f"--workdir={workdir}", *arguments],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if check:
-        assert done.returncode == 0, done.stdout + done.stderr
-    return done
+from tests.stages import (
+    ROOT,
+    TINY,
+    assert_same_metrics,
+    call,
+    children,
+    fingerprint,
+    inputs_of,
+    metrics_text,
+    start,
+    start_processes,
+    wait_until,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,10 +122,6 @@ def test_rearranging_does_not_touch_the_reconstructions(finished):
     jax.tree.map(np.testing.assert_array_equal, plain, through)
 
 
-def train_metrics(path):
-    return (path / "train" / "metrics.jsonl").read_text()
-
-
 def test_codes_are_replaced_and_what_that_does_is_told(copy):
     options = [*TINY, "--config.evaluation.code_distance_images=5", "--config.evaluation.batch_size=4"]
     done = call("evaluate", copy, *options, "--what=code_distance")
@@ -164,46 +135,18 @@ def test_codes_are_replaced_and_what_that_does_is_told(copy):
 
 def test_a_run_that_was_interrupted_ends_as_the_one_that_was_not(finished, copy):
     shutil.rmtree(copy / "train")
-    command = [sys.executable, "-m", "iar_jax.train", "--config=configs/mnist.py", f"--workdir={copy}", *TINY]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    process = start("train", copy, *TINY)
     log = copy / "train" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (log.exists() and len(log.read_text().splitlines()) >= 2):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.01)
+    wait_until(lambda: log.exists() and len(log.read_text().splitlines()) >= 2, pause=0.01)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGINT, errors
-    assert "which is saved; run the same command to go on" in errors
-    assert "Traceback" not in errors
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT, output
+    assert "which is saved; run the same command to go on" in output
+    assert "Traceback" not in output
     output = call("train", copy, *TINY).stdout
     assert "going on from the checkpoint of step" in output
-    assert train_metrics(copy) == train_metrics(finished.path)
-    metadata = [json.loads((p / "train" / "metadata.json").read_text()) for p in (copy, finished.path)]
-    assert metadata[0]["fingerprint"] == metadata[1]["fingerprint"]
-
-
-def inputs_of(path):
-    return [f"--config.inputs.{name}={path / name}" for name in ("tokenizer", "codebook", "codes")]
-
-
-def processes(count, devices, workdir, *arguments):
-    """Training as several processes, started."""
-    command = ["bash", "launch/local_processes.sh", str(count), str(devices), sys.executable, "-m", "iar_jax.train"]
-    return subprocess.Popen(
-        [*command, "--config=configs/mnist.py", f"--workdir={workdir}", *TINY, *arguments],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def children(process):
-    """Process numbers of the training processes that a launcher has started."""
-    return [int(pid) for pid in pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    assert metrics_text(copy) == metrics_text(finished.path)
+    assert fingerprint(copy / "train") == fingerprint(finished.path / "train")
 
 
 def test_two_processes_train_as_one_and_a_stopped_run_goes_on_with_one(finished, tmp_path):
@@ -215,7 +158,7 @@ def test_two_processes_train_as_one_and_a_stopped_run_goes_on_with_one(finished,
     ]
     options = [*inputs_of(finished.path), *mesh]
     call("train", tmp_path / "one", *TINY, *options, devices=4)
-    started = processes(2, 2, tmp_path / "two", *options)
+    started = start_processes(2, 2, tmp_path / "two", *TINY, *options)
     log = tmp_path / "two" / "train" / "metrics.jsonl"
     while started.poll() is None and not (log.exists() and '"step": 6,' in log.read_text()):
         time.sleep(0.05)
@@ -262,24 +205,10 @@ def test_a_slurm_job_that_is_requeued_goes_on(finished, tmp_path):
     assert_same_metrics(tmp_path / "run", tmp_path / "one")
 
 
-def wait_until(condition, seconds=180):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.2)
-
-
-def assert_same_metrics(run, reference):
-    """Line by line; sums over processes are added in another order."""
-    found, expected = ([json.loads(line) for line in train_metrics(path).splitlines()] for path in (run, reference))
-    assert [line["step"] for line in found] == [line["step"] for line in expected]
-    for ours, theirs in zip(found, expected, strict=True):
-        for name, value in theirs.items():
-            np.testing.assert_allclose(ours[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
-
-
 def test_when_one_process_is_killed_none_of_them_hangs(finished, tmp_path):
-    started = processes(2, 1, tmp_path / "run", *inputs_of(finished.path), "--config.training.num_steps=100000")
+    started = start_processes(
+        2, 1, tmp_path / "run", *TINY, *inputs_of(finished.path), "--config.training.num_steps=100000"
+    )
     log = tmp_path / "run" / "train" / "metrics.jsonl"
     while started.poll() is None and not log.exists():
         time.sleep(0.05)
@@ -289,7 +218,7 @@ def test_when_one_process_is_killed_none_of_them_hangs(finished, tmp_path):
 
 
 def test_processes_refuse_a_wrong_mesh_together(finished, tmp_path):
-    started = processes(2, 1, tmp_path / "run", *inputs_of(finished.path), "--config.mesh.fsdp=3")
+    started = start_processes(2, 1, tmp_path / "run", *TINY, *inputs_of(finished.path), "--config.mesh.fsdp=3")
     output, _ = started.communicate(timeout=60)
     assert started.returncode == 2, output
     assert "does not multiply up to the 2 devices" in output
