@@ -107,9 +107,11 @@ def wait_until(condition, seconds=180, pause=0.2):
 
 
 def assert_same_metrics(run, reference):
-    """Line by line; sums over devices or parts of a batch are added in another order."""
+    """Line by line, to the rounding of sums over devices or parts of a batch that are added in another order. An
+    accuracy is a share of some thousands of guesses, of which rounding may turn a few that are nearly even."""
     found, expected = ([json.loads(line) for line in metrics_text(path).splitlines()] for path in (run, reference))
     assert [line["step"] for line in found] == [line["step"] for line in expected]
     for ours, theirs in zip(found, expected, strict=True):
         for name, value in theirs.items():
-            np.testing.assert_allclose(ours[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+            few = 1e-3 if name.endswith("accuracy") else 1e-5
+            np.testing.assert_allclose(ours[name], value, rtol=1e-4, atol=few, err_msg=name)

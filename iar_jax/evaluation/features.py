@@ -1,13 +1,17 @@
 """Images to the features that distances between image sets are taken in."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
 from iar_jax.data.preprocessing import to_unit_range
 from iar_jax.models.classifier import Classifier
+from iar_jax.models.inception import SIZE, InceptionV3, legacy_resize
+from iar_jax.runtime import sharding
 
 
 class ClassifierFeatures(NamedTuple):
@@ -30,3 +34,36 @@ def classifier_features(
         features.append(np.asarray(found)[: len(batch)])
         predictions.append(np.asarray(logits).argmax(axis=-1)[: len(batch)])
     return ClassifierFeatures(np.concatenate(features), np.concatenate(predictions))
+
+
+def inception_features(
+    module: InceptionV3, params: Any, images: UInt8[np.ndarray, "N H W 3"], batch_size: int = 64
+) -> dict[str, Float[np.ndarray, "N D"]]:
+    """What the ADM suite takes from InceptionV3, for uint8 images of any size.
+
+    Images are resized as TensorFlow 1 did, then (pixel - 128) / 128. Batches are spread over all devices.
+
+    Args:
+        module, params: of `interop.inception.load`.
+
+    Returns:
+        "pool" [N, 2048], "spatial" [N, 2023] and "logits" [N, 1008], float32.
+    """
+    mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
+    batch_size = -(-batch_size // mesh.size) * mesh.size
+    params = jax.device_put(params, sharding.replicated(mesh))
+    parts: dict[str, list[np.ndarray]] = {"pool": [], "spatial": [], "logits": []}
+    for start in range(0, len(images), batch_size):
+        batch = images[start : start + batch_size]
+        filled = np.concatenate([batch, np.repeat(batch[-1:], batch_size - len(batch), axis=0)])
+        found = inception_outputs(module, params, sharding.global_batch(mesh, filled))
+        for name, part in parts.items():
+            part.append(np.asarray(getattr(found, name))[: len(batch)])
+    return {name: np.concatenate(part) for name, part in parts.items()}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def inception_outputs(module: InceptionV3, params: Any, images: Any):
+    """Outputs of the network for one batch of uint8 images."""
+    resized = legacy_resize(images.astype(jnp.float32), SIZE)
+    return module.apply({"params": params}, (resized - 128.0) / 128.0)
