@@ -5,6 +5,13 @@
 
 The second form measures what a wrong code costs: only the tokenizer and its clusters are needed.
 
+    python -m iar_jax.evaluate --samples=samples.npz --reference=VIRTUAL_imagenet256_labeled.npz
+    python -m iar_jax.evaluate --config=configs/mnist.py --workdir=runs/mnist --reference=FILE.npz
+    python -m iar_jax.evaluate --samples=images.npz --make-reference=FILE.npz
+
+These score files of images by the protocol of the ADM suite, and make a reference of one. Inception weights are taken
+from --inception_weights or the cache directory, or fetched. What is kept is in SAMPLES.evaluation/, or --output.
+
 `config.evaluation.features=classifier` needs no weights from elsewhere: a small network is trained on the real
 images first, and its last hidden layer is what distances are taken in. Such figures compare runs on one data set
 with each other, never with published ones.
@@ -28,12 +35,14 @@ from iar_jax.data import loader, pictures, preprocessing
 from iar_jax.data.array_parts import read_array
 from iar_jax.data.codes import read_permutation
 from iar_jax.data.images import ImageDataset, ImageSource, open_images
-from iar_jax.evaluation import code_distance_report, features, frechet, precision_recall, report
+from iar_jax.evaluation import adm_suite, code_distance_report, features, frechet, precision_recall, report
+from iar_jax.interop import downloads, inception
 from iar_jax.interop.lpips import load_lpips
 from iar_jax.models.build import load_tokenizer
 from iar_jax.models.classifier import Classifier
 from iar_jax.models.quantizer import normalize
-from iar_jax.runtime import artifacts, checkpoint, command_line, metric_log, sharding
+from iar_jax.runtime import artifacts, checkpoint, command_line, lock, metric_log, sharding
+from iar_jax.runtime.errors import UserError
 from iar_jax.runtime.progress import progress, say
 from iar_jax.training import classifier_steps
 from iar_jax.training.loop import TrainingRun
@@ -423,10 +432,90 @@ def announce(content: dict[str, Any], samples_directory: epath.Path, directory: 
     say(f"report            {directory / 'report.html'}")
 
 
-def run_chosen(config: ConfigDict, workdir: epath.Path) -> None:
-    {"scores": run, "code_distance": run_code_distance}[flags.FLAGS.what](config, workdir)
+def run_files(samples: epath.Path, output: epath.Path) -> None:
+    """Scores a file of images against --reference, or makes --make-reference of it; leaves scores.json in `output`."""
+    options = flags.FLAGS
+    adm_suite.open_images(samples)
+    weights = downloads.find(options.inception_weights, downloads.INCEPTION, "Inception weights")
+    network = adm_suite.Network(*inception.load(weights), downloads.sha256_of(weights))
+    with lock.hold(output):
+        sha256 = downloads.sha256_of(samples)
+        if options["make-reference"].value:
+            target = epath.Path(options["make-reference"].value).expanduser()
+            about = {"name": samples.name, "sha256": sha256}
+            about = adm_suite.make_reference(target, samples, network, output, about, options.batch_size)
+            say(f"reference {target}: {about['statistics_of']:,} images of {about['name']} ({sha256[:12]})")
+            return
+        reference_path = epath.Path(options.reference).expanduser()
+        reference = adm_suite.load_reference(
+            reference_path, downloads.sha256_of(reference_path), network, output, options.batch_size
+        )
+        found = adm_suite.features_of(samples, sha256, network, output, options.batch_size)
+        labels_path = samples.parent / "labels.npy"
+        labels = read_array(labels_path) if labels_path.exists() else None
+        scores = adm_suite.score(found, reference)
+        content = {
+            "scores": scores,
+            "samples": {"name": samples.name, "sha256": sha256, "images": found.num_images},
+            "labels": adm_suite.label_protocol(labels),
+            "reference": reference.about,
+            "weights": {"name": weights.name, "sha256": network.sha256},
+            "deviations": adm_suite.deviations(adm_suite.open_images(samples).shape, found, reference, labels),
+        }
+        artifacts.write_bytes(output / "scores.json", (json.dumps(content, indent=2) + "\n").encode())
+    announce_files(content)
+    say(f"scores            {output / 'scores.json'}")
+    if options.self_check:
+        say("\nADM-G + ADM-U against VIRTUAL_imagenet256_labeled.npz, here and as published")
+        for line in adm_suite.self_check(scores):
+            say(line)
+
+
+def announce_files(content: dict[str, Any]) -> None:
+    """Scores of files of images, and all that they depend on."""
+    for name, value in content["scores"].items():
+        say(f"{name:16}{'–' if value is None else f'{value:.4f}':>12}")
+    reference, weights = content["reference"], content["weights"]
+    say(f"samples           {content['samples']['name']}, {content['samples']['images']:,} images")
+    say(f"labels            {content['labels']}")
+    say(f"reference         {reference['name']} ({reference['sha256'][:12]})")
+    say(f"Inception weights {weights['name']} ({weights['sha256'][:12]})")
+    for deviation in content["deviations"]:
+        say(f"DEVIATES          {deviation}")
+
+
+def run_chosen(config: ConfigDict | None, workdir: epath.Path | None) -> None:
+    """What the options ask for."""
+    options = flags.FLAGS
+    of_files = bool(options.reference or options["make-reference"].value)
+    if options.self_check and not (options.samples and options.reference):
+        raise UserError("--self_check needs --samples=ADM samples and --reference=VIRTUAL_imagenet256_labeled.npz")
+    if options.samples:
+        if bool(options.reference) == bool(options["make-reference"].value):
+            raise UserError("with --samples, give one of --reference=FILE.npz and --make-reference=FILE.npz")
+        samples = epath.Path(options.samples).expanduser()
+        beside = samples.parent / f"{samples.name}.evaluation"
+        run_files(samples, epath.Path(options.output).expanduser() if options.output else beside)
+    elif config is None or workdir is None:
+        raise UserError("give --config=configs/FILE.py and --workdir=DIR, or --samples=FILE.npz")
+    elif of_files:
+        transformer = artifacts.require(artifacts.input_directory(config, workdir, "transformer", "train"), "train")
+        name = artifacts.samples_name(config, transformer.figures["step"])
+        artifacts.require(workdir / "samples" / name, "sample")
+        run_files(workdir / "samples" / name / "samples.npz", workdir / "evaluation" / f"{name}-inception")
+    else:
+        {"scores": run, "code_distance": run_code_distance}[options.what](config, workdir)
 
 
 if __name__ == "__main__":
     flags.DEFINE_enum("what", "scores", ("scores", "code_distance"), "What is measured.")
-    command_line.main(run_chosen)
+    flags.DEFINE_string("samples", None, "Images to score: a .npz with arr_0, uint8 [N, H, W, 3].")
+    flags.DEFINE_string(
+        "reference", None, "What to compare with: a .npz with mu, sigma, mu_s, sigma_s, or arr_0, or all."
+    )
+    flags.DEFINE_string("make-reference", None, "Where to write a reference made of --samples.")
+    flags.DEFINE_string("inception_weights", "", "File of the Inception network's weights.")
+    flags.DEFINE_string("output", None, "Directory for scores.json and what a killed run goes on from.")
+    flags.DEFINE_integer("batch_size", 64, "Images that pass the Inception network together.", lower_bound=1)
+    flags.DEFINE_bool("self_check", False, "Compare the scores with those published for ADM-G + ADM-U's samples.")
+    command_line.main(run_chosen, needs_config=lambda: not flags.FLAGS.samples)

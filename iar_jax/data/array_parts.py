@@ -1,9 +1,12 @@
 """A long array that is made piece by piece: parts on disk, joined into one .npz at the end, never all in memory."""
 
+import contextlib
 import hashlib
 import io
 import itertools
 import zipfile
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -46,6 +49,11 @@ class ArrayParts:
                 found |= {index: rows[index - start].copy() for index in wanted}
         return np.stack([found[int(index)] for index in indices])
 
+    def batches(self) -> Iterator[np.ndarray]:
+        """The parts in their order."""
+        for start in self.starts[:-1]:
+            yield self._rows(start)
+
     def save_npz(self, path: epath.Path) -> str:
         """Writes all rows as `arr_0` of an uncompressed .npz, whole or not at all; returns the SHA-256 of the rows."""
         digest = hashlib.sha256()
@@ -64,8 +72,8 @@ class ArrayParts:
             archive.open(name, "w", force_zip64=True) as member,
         ):
             np.lib.format.write_array_header_1_0(member, header)
-            for start in self.starts[:-1]:
-                rows = np.ascontiguousarray(self._rows(start)).data
+            for part in self.batches():
+                rows = np.ascontiguousarray(part).data
                 member.write(rows)
                 digest.update(rows)
         partial.replace(path)
@@ -91,11 +99,95 @@ class ArrayParts:
             return None
 
 
+def array_names(path: epath.Path) -> set[str]:
+    """Names of the arrays of a .npz file; raises UserError where it is none."""
+    with refused(path, ""), path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        return {name.removesuffix(".npy") for name in archive.namelist()}
+
+
+def write_npz(path: epath.Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes arrays by name, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.parent / (path.name + ".partial")
+    with partial.open("wb") as file, zipfile.ZipFile(file, "w") as archive:
+        for name, array in arrays.items():
+            archive.writestr(f"{name}.npy", npy_bytes(array))
+    partial.replace(path)
+
+
 def npy_bytes(array: np.ndarray) -> bytes:
     """An array as np.save writes it."""
     buffer = io.BytesIO()
     np.save(buffer, array)
     return buffer.getvalue()
+
+
+class RowReader:
+    """The rows of an array in a .npz or .npy file, in order, a few at a time: the file is never whole in memory.
+
+    Attributes:
+        shape, dtype: of the whole array.
+
+    Raises:
+        UserError: not there, damaged, no such array, or one that holds Python objects.
+    """
+
+    def __init__(self, path: epath.Path, name: str = "arr_0"):
+        self.path, self.name = path, name
+        with refused(path, name), self._open() as file:
+            self.shape, self.dtype = self._header(file)
+
+    def batches(self, size: int, first: int = 0) -> Iterator[np.ndarray]:
+        """Rows first, first + 1, ... in arrays of `size`; the last one may be shorter."""
+        row_bytes = int(np.prod(self.shape[1:])) * self.dtype.itemsize
+        with refused(self.path, self.name), self._open() as file:
+            self._header(file)
+            skip(file, first * row_bytes)
+            for start in range(first, self.shape[0], size):
+                count = min(size, self.shape[0] - start)
+                content = file.read(count * row_bytes)
+                if len(content) != count * row_bytes:
+                    raise ValueError(f"it ends in row {start + len(content) // row_bytes} of {self.shape[0]}")
+                yield np.frombuffer(content, self.dtype).reshape(count, *self.shape[1:])
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[Any]:
+        if self.path.suffix == ".npy":
+            with self.path.open("rb") as file:
+                yield file
+            return
+        with self.path.open("rb") as file, zipfile.ZipFile(file) as archive, archive.open(f"{self.name}.npy") as member:
+            yield member
+
+    def _header(self, file: Any) -> tuple[tuple[int, ...], np.dtype]:
+        version = np.lib.format.read_magic(file)
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        shape, fortran_order, dtype = read(file)
+        if dtype.hasobject or fortran_order:
+            raise ValueError("it holds Python objects, or is not in C order")
+        return shape, dtype
+
+
+def skip(file: Any, num_bytes: int) -> None:
+    """Reads on; a member of an archive may be compressed, where there is no other way."""
+    while num_bytes > 0:
+        read = len(file.read(min(num_bytes, 1 << 24)))
+        if not read:
+            raise ValueError("it is shorter than its header says")
+        num_bytes -= read
+
+
+@contextlib.contextmanager
+def refused(path: epath.Path, name: str) -> Iterator[None]:
+    """Turns what a missing or damaged file raises into a UserError."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is not there") from error
+    except KeyError as error:
+        raise UserError(f"{path} has no array {name!r}") from error
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be read as arrays ({' '.join(str(error).split())})") from error
 
 
 def read_array(path: epath.Path, name: str = "arr_0") -> np.ndarray:
@@ -104,13 +196,6 @@ def read_array(path: epath.Path, name: str = "arr_0") -> np.ndarray:
     Raises:
         UserError: not there, damaged, or one that holds Python objects, which are never loaded.
     """
-    try:
-        with path.open("rb") as file:
-            found = np.load(file, allow_pickle=False)
-            return found[name] if isinstance(found, np.lib.npyio.NpzFile) else found
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is not there") from error
-    except KeyError as error:
-        raise UserError(f"{path} has no array {name!r}") from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read as arrays ({' '.join(str(error).split())})") from error
+    with refused(path, name), path.open("rb") as file:
+        found = np.load(file, allow_pickle=False)
+        return found[name] if isinstance(found, np.lib.npyio.NpzFile) else found

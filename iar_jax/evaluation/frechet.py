@@ -27,6 +27,40 @@ def feature_statistics(features: Float[np.ndarray, "N D"]) -> FeatureStatistics:
     return FeatureStatistics(features.mean(axis=0), np.cov(features, rowvar=False).reshape(features.shape[1], -1))
 
 
+class RunningStatistics:
+    """Statistics of features that come in parts and are not kept (Chan et al.'s update, float64)."""
+
+    def __init__(self, dimension: int):
+        self.count = 0
+        self.mean = np.zeros(dimension)
+        self.scatter = np.zeros((dimension, dimension))
+
+    def update(self, features: Float[np.ndarray, "N D"]) -> None:
+        """Takes some more rows.
+
+        Raises:
+            ValueError: features that are not finite.
+        """
+        rows = np.asarray(features, np.float64)
+        if not np.isfinite(rows).all():
+            raise ValueError("features must be finite")
+        if not len(rows):
+            return
+        mean = rows.mean(axis=0)
+        centred = rows - mean
+        count = self.count + len(rows)
+        apart = mean - self.mean
+        self.scatter += centred.T @ centred + np.outer(apart, apart) * (self.count * len(rows) / count)
+        self.mean += apart * (len(rows) / count)
+        self.count = count
+
+    def result(self) -> FeatureStatistics:
+        """Mean and unbiased covariance; raises ValueError for fewer than two rows."""
+        if self.count < 2:
+            raise ValueError(f"a covariance needs two rows of features at least; there are {self.count}")
+        return FeatureStatistics(self.mean, self.scatter / (self.count - 1))
+
+
 def frechet_distance(
     mean1: Float[np.ndarray, " D"],
     cov1: Float[np.ndarray, "D D"],

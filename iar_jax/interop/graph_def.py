@@ -1,7 +1,7 @@
 """Constants of a frozen TensorFlow graph (a GraphDef protocol buffer), without TensorFlow.
 
 Only what constants need is read: GraphDef.node = 1; NodeDef.name = 1, .op = 2, .attr = 5 (a map: key = 1, value = 2);
-AttrValue.tensor = 8; TensorProto.dtype = 1, .tensor_shape = 2, .tensor_content = 4, .float_val = 5, .int_val = 7;
+AttrValue.tensor = 8; TensorProto.dtype = 1, .tensor_shape = 2, .tensor_content = 4, .float_val = 5;
 TensorShapeProto.dim = 2, Dim.size = 1.
 """
 
@@ -14,11 +14,11 @@ import numpy as np
 from iar_jax.runtime.errors import UserError
 
 VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5
-DTYPES = {1: np.dtype("<f4"), 3: np.dtype("<i4")}
+FLOAT = 1  # of the DataType enumeration
 
 
 def read_constants(path: str | Path) -> dict[str, np.ndarray]:
-    """The float32 and int32 constants of a graph, by the names of their nodes.
+    """The float32 constants of a graph, by the names of their nodes.
 
     Raises:
         UserError: no such file, or one that is no graph.
@@ -91,21 +91,21 @@ def constant(node) -> tuple[str, np.ndarray | None]:
 
 
 def tensor(message) -> np.ndarray | None:
-    """The array of a TensorProto; None for other dtypes than DTYPES."""
+    """The array of a TensorProto; None where it is not of float32."""
     dtype, content, values = None, None, []
     shape: tuple[int, ...] = ()
     for number, field in fields(message):
         if number == 1:
-            dtype = DTYPES.get(field)
+            dtype = field
         elif number == 2:
             shape = tuple(dict(fields(dim)).get(1, 0) for kind, dim in fields(field) if kind == 2)
         elif number == 4:
             content = bytes(field)
         elif number == 5:  # packed, or one at a time
             values.append(bytes(field))
-    if dtype is None:
+    if dtype != FLOAT:
         return None
-    flat = np.frombuffer(content if content is not None else b"".join(values), dtype)
+    flat = np.frombuffer(content if content is not None else b"".join(values), "<f4")
     if flat.size == 1:
         return np.full(shape, flat[0])
     return flat.reshape(shape)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -129,14 +130,16 @@ def reduced(x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
 def legacy_resize(images: Float[Array, "B H W C"], size: int) -> Float[Array, "B S S C"]:
     """Bilinear resize as TensorFlow 1 did it: no half-pixel centres, no smoothing when shrinking.
 
-    Output place i looks at i * H / S, between its floor and the next place, which is the last one at the edge.
+    Output place i looks at i * H / S in float32, between its floor and the next place, which is the last one at the
+    edge; along the width first.
     """
-    for axis in (1, 2):
+    for axis in (2, 1):
         length = images.shape[axis]
-        places = jnp.arange(size, dtype=jnp.float32) * (jnp.float32(length) / jnp.float32(size))
-        low = jnp.floor(places).astype(jnp.int32)
-        high = jnp.minimum(low + 1, length - 1)
-        share = (places - low).reshape([-1 if a == axis else 1 for a in range(4)])
+        # In numpy: a compiler may join product and difference, and round another way.
+        places = np.arange(size, dtype=np.float32) * (np.float32(length) / np.float32(size))
+        low = np.floor(places).astype(np.int32)
+        high = np.minimum(low + 1, length - 1)
+        share = (places - low.astype(np.float32)).reshape([-1 if a == axis else 1 for a in range(4)])
         first, second = (jnp.take(images, index, axis=axis) for index in (low, high))
         images = first + (second - first) * share
     return images

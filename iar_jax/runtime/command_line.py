@@ -22,8 +22,9 @@ from iar_jax.runtime.interruption import Interrupted, leave_at_once
 EXIT_USER_ERROR = 2
 
 
-def main(run: Callable[[ConfigDict, epath.Path], None]) -> NoReturn:
-    """Parses and checks the command line, then calls run(config, workdir).
+def main(run: Callable[[Any, Any], None], needs_config: Callable[[], bool] = lambda: True) -> NoReturn:
+    """Parses and checks the command line, then calls run(config, workdir), or run(None, None) where `needs_config`,
+    asked once options are parsed, says no.
 
     A UserError, from here or from the stage, is printed in one piece and ends the program with exit code 2; a stop
     by signal with 128 plus the signal's number, as shells report it.
@@ -38,10 +39,13 @@ def main(run: Callable[[ConfigDict, epath.Path], None]) -> NoReturn:
             distributed.initialise()
             if not distributed.joined():
                 signal.signal(signal.SIGTERM, leave_at_once)
-            config = flags.FLAGS.config
-            check_config(config)
             logging.set_verbosity(logging.WARNING)
             logging.get_absl_handler().addFilter(not_explained)
+            if not needs_config():
+                run(None, None)
+                return
+            config = flags.FLAGS.config
+            check_config(config)
             workdir = epath.Path(flags.FLAGS.workdir).expanduser()
             save_config(config, workdir)
             run(config, workdir)
@@ -55,7 +59,7 @@ def main(run: Callable[[ConfigDict, epath.Path], None]) -> NoReturn:
         except Exception as error:
             reason = file_system_reason(error)
             if reason is not None:
-                where = getattr(error, "filename", None) or flags.FLAGS.workdir
+                where = getattr(error, "filename", None) or flags.FLAGS.workdir or "a file"
                 _fail(
                     f"{where}: {reason}. What was finished before is whole; once that is put right, the same command "
                     "goes on",
@@ -67,7 +71,7 @@ def main(run: Callable[[ConfigDict, epath.Path], None]) -> NoReturn:
                 distributed.leave(1)
             raise
 
-    app.run(guarded, flags_parser=_parse)
+    app.run(guarded, flags_parser=lambda argv: _parse(argv, needs_config))
 
 
 def not_explained(record: Any) -> bool:
@@ -77,7 +81,7 @@ def not_explained(record: Any) -> bool:
     return error is None or file_system_reason(error) is None
 
 
-def _parse(argv: list[str]) -> list[str]:
+def _parse(argv: list[str], needs_config: Callable[[], bool]) -> list[str]:
     for argument in argv[1:]:
         option, _, value = argument.lstrip("-").partition("=")
         path = value.partition(":")[0]
@@ -87,7 +91,7 @@ def _parse(argv: list[str]) -> list[str]:
         rest = flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, UserError) as error:
         _fail(_explain(argv, error), EXIT_USER_ERROR)
-    if flags.FLAGS.config is None or not flags.FLAGS.workdir:
+    if needs_config() and (flags.FLAGS.config is None or not flags.FLAGS.workdir):
         _fail(
             "give --config=configs/FILE.py and --workdir=DIR; single fields are set by --config.section.field=value",
             EXIT_USER_ERROR,

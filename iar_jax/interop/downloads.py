@@ -1,0 +1,97 @@
+"""Public weight files: where they may lie, and how to get them once."""
+
+import hashlib
+import os
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import NamedTuple
+
+from iar_jax.runtime.errors import UserError
+from iar_jax.runtime.progress import say
+
+
+class PublicFile(NamedTuple):
+    """A file by its name, its address, and the beginning of its SHA-256 ("" where none is published)."""
+
+    name: str
+    address: str
+    sha256: str
+
+
+INCEPTION = (
+    PublicFile(
+        "weights-inception-2015-12-05-6726825d.pth",
+        "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
+        "6726825d",
+    ),
+    PublicFile(
+        "pt_inception-2015-12-05-6726825d.pth",
+        "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
+        "6726825d",
+    ),
+    PublicFile(
+        "classify_image_graph_def.pb",
+        "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/classify_image_graph_def.pb",
+        "",
+    ),
+)
+
+
+def cache_directory() -> Path:
+    """IAR_JAX_CACHE, or ~/.cache/iar_jax."""
+    return Path(os.environ.get("IAR_JAX_CACHE") or "~/.cache/iar_jax").expanduser()
+
+
+def find(given: str, files: tuple[PublicFile, ...], what: str) -> Path:
+    """The given path; else one of the files in the cache directory; else the first of them, fetched.
+
+    Raises:
+        UserError: it is nowhere and cannot be fetched; says which file to put where.
+    """
+    if given:
+        path = Path(given).expanduser()
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; {what} may be any of {', '.join(file.name for file in files)}")
+        return path
+    for file in files:
+        path = cache_directory() / file.name
+        if path.is_file():
+            return path
+    return fetch(files, what)
+
+
+def fetch(files: tuple[PublicFile, ...], what: str) -> Path:
+    """Fetches the first of some files that can be had into the cache directory, whole or not at all."""
+    reasons = []
+    for file in files:
+        path = cache_directory() / file.name
+        partial = path.with_name(path.name + ".partial")
+        digest = hashlib.sha256()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            say(f"fetching {file.address}")
+            with urllib.request.urlopen(file.address, timeout=30) as response, partial.open("wb") as target:
+                while block := response.read(1 << 20):
+                    target.write(block)
+                    digest.update(block)
+        except (urllib.error.URLError, OSError) as error:
+            partial.unlink(missing_ok=True)
+            reasons.append(f"{file.address}: {getattr(error, 'reason', error)}")
+            continue
+        if not digest.hexdigest().startswith(file.sha256):
+            partial.unlink()
+            reasons.append(f"{file.address}: its SHA-256 begins {digest.hexdigest()[:8]}, not {file.sha256}")
+            continue
+        partial.replace(path)
+        return path
+    raise UserError(
+        f"{what} are neither here nor could be fetched:\n  "
+        + "\n  ".join(reasons)
+        + f"\nPut one of {', '.join(file.name for file in files)} into {cache_directory()}, or give its path"
+    )
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
