@@ -3,13 +3,16 @@
     python -m iar_jax.evaluate --config=configs/mnist.py --workdir=runs/mnist
     python -m iar_jax.evaluate --config=configs/mnist.py --workdir=runs/mnist --what=code_distance
 
-The second form measures what a wrong code costs: only the tokenizer and its clusters are needed.
+The second form measures what a wrong code costs: only the tokenizer and its clusters are needed. `reconstruction`
+measures the tokenizer alone: PSNR, SSIM, LPIPS and rFID on the val images.
 
     python -m iar_jax.evaluate --samples=samples.npz --reference=VIRTUAL_imagenet256_labeled.npz
     python -m iar_jax.evaluate --config=configs/mnist.py --workdir=runs/mnist --reference=FILE.npz
     python -m iar_jax.evaluate --samples=images.npz --make-reference=FILE.npz
+    python -m iar_jax.evaluate --config=configs/mnist.py --workdir=runs/mnist --sweep=cfg_scale=1:2:0.25
 
-These score files of images by the protocol of the ADM suite, and make a reference of one. Inception weights are taken
+These score files of images by the protocol of the ADM suite, and make a reference of one; the last one samples and
+scores at each value, with or without --reference. Inception weights are taken
 from --inception_weights or the cache directory, or fetched. What is kept is in SAMPLES.evaluation/, or --output.
 
 `config.evaluation.features=classifier` needs no weights from elsewhere: a small network is trained on the real
@@ -30,23 +33,28 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from iar_jax import sample
 from iar_jax.codebook.code_distance import change, first_visible_rank, num_decodings, substitution_study
 from iar_jax.data import loader, pictures, preprocessing
-from iar_jax.data.array_parts import read_array
+from iar_jax.data.array_parts import ArrayParts, read_array
 from iar_jax.data.codes import read_permutation
 from iar_jax.data.images import ImageDataset, ImageSource, open_images
-from iar_jax.evaluation import adm_suite, code_distance_report, features, frechet, precision_recall, report
+from iar_jax.evaluation import adm_suite, code_distance_report, features, frechet, precision_recall, report, ssim
 from iar_jax.interop import downloads, inception
 from iar_jax.interop.lpips import load_lpips
+from iar_jax.losses.tokenizer_losses import psnr
 from iar_jax.models.build import load_tokenizer
 from iar_jax.models.classifier import Classifier
 from iar_jax.models.quantizer import normalize
 from iar_jax.runtime import artifacts, checkpoint, command_line, lock, metric_log, sharding
+from iar_jax.runtime.config import check_config
 from iar_jax.runtime.errors import UserError
 from iar_jax.runtime.progress import progress, say
 from iar_jax.training import classifier_steps
 from iar_jax.training.loop import TrainingRun
 from iar_jax.training.optimizer import learning_rate_schedule, make_optimizer
+
+SWEPT = ("cfg_scale", "temperature", "top_k", "top_p")
 
 # The sets that are scored against the training images, in the order of the report.
 REAL, RECONSTRUCTED, SAMPLED = "real val images (the floor)", "reconstructions of them", "samples"
@@ -432,21 +440,71 @@ def announce(content: dict[str, Any], samples_directory: epath.Path, directory: 
     say(f"report            {directory / 'report.html'}")
 
 
-def run_files(samples: epath.Path, output: epath.Path) -> None:
-    """Scores a file of images against --reference, or makes --make-reference of it; leaves scores.json in `output`."""
+def run_reconstruction(config: ConfigDict, workdir: epath.Path) -> None:
+    """What the tokenizer does to the val images: PSNR, SSIM, LPIPS where its weights are given, rFID where Inception
+    weights are; leaves figures.json, both sets as .npz and pairs.png in workdir/evaluation/reconstruction."""
+    directory = workdir / "evaluation" / "reconstruction"
+    tokenizer_directory = artifacts.input_directory(config, workdir, "tokenizer", "tokenizer")
+    model, params, tokenizer = load_tokenizer(tokenizer_directory, sharding.make_mesh(**config.mesh))
+    images = open_images(config.data)
+    measures: dict[str, Callable] = {"psnr": psnr_of_bytes, "ssim": ssim.ssim}
+    section = config.tokenizer_training
+    if section.vgg_weights and section.lpips_weights:
+        lpips = jax.jit(load_lpips(section.vgg_weights, section.lpips_weights))
+        measures["lpips"] = lambda *pair: np.ravel(lpips(*map(preprocessing.to_unit_range, pair)))
+    values: dict[str, list[np.ndarray]] = {name: [] for name in measures}
+    with lock.hold(directory), progress("reconstructing", len(images.val), "images") as shown:
+        sets = {name: ArrayParts(directory / f"{name}-parts") for name in ("originals", "reconstructions")}
+        for part in sets.values():
+            part.clear()
+        for batch in loader.eval_batches(images.val, config.evaluation.batch_size):
+            found, _ = reconstruct(model, params, batch["image"], config.evaluation.batch_size)
+            pair = [batch["image"][batch["valid"]], found[batch["valid"]]]
+            for name, measure in measures.items():
+                values[name].append(np.asarray(measure(batch["image"], found))[batch["valid"]])
+            for part, rows in zip(sets.values(), pair, strict=True):
+                part.append(rows)
+            shown.update(len(pair[0]))
+        some = np.linspace(0, len(images.val) - 1, min(10, len(images.val))).round().astype(int)
+        pairs = np.concatenate([part.take(some) for part in sets.values()])
+        scale = pictures.scale_to_see(config.data.resolution)
+        pictures.write_png(directory / "pairs.png", pictures.image_grid(pairs, columns=len(some), scale=scale))
+        for name, part in sets.items():
+            part.save_npz(directory / f"{name}.npz")
+            part.remove()
+    figures: dict[str, Any] = {name: float(np.concatenate(found).mean()) for name, found in values.items()}
+    figures = {"images": len(images.val), "tokenizer": tokenizer.fingerprint, **figures}
+    artifacts.write_bytes(directory / "figures.json", (json.dumps(figures, indent=2) + "\n").encode())
+    for name in measures:
+        say(f"{name:16}{figures[name]:>12.4f}")
+    say(f"pictures          {directory / 'pairs.png'} (above: originals)")
+    if not flags.FLAGS.inception_weights and not downloads.here(downloads.INCEPTION):
+        say("rFID              not without Inception weights: give --inception_weights=FILE")
+        return
+    say("\nrFID and others, of the reconstructions against the val images themselves")
+    run_files(directory / "reconstructions.npz", directory / "inception", directory / "originals.npz")
+
+
+def psnr_of_bytes(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """PSNR of each of some uint8 images, in dB."""
+    return np.asarray(psnr(*(jax.numpy.asarray(preprocessing.to_unit_range(images)) for images in (first, second))))
+
+
+def run_files(samples: epath.Path, output: epath.Path, reference_path: epath.Path | None) -> None:
+    """Scores a file of images against a reference, or makes --make-reference of it where there is none; leaves
+    scores.json in `output`."""
     options = flags.FLAGS
     adm_suite.open_images(samples)
     weights = downloads.find(options.inception_weights, downloads.INCEPTION, "Inception weights")
     network = adm_suite.Network(*inception.load(weights), downloads.sha256_of(weights))
     with lock.hold(output):
         sha256 = downloads.sha256_of(samples)
-        if options["make-reference"].value:
+        if reference_path is None:
             target = epath.Path(options["make-reference"].value).expanduser()
             about = {"name": samples.name, "sha256": sha256}
             about = adm_suite.make_reference(target, samples, network, output, about, options.batch_size)
             say(f"reference {target}: {about['statistics_of']:,} images of {about['name']} ({sha256[:12]})")
             return
-        reference_path = epath.Path(options.reference).expanduser()
         reference = adm_suite.load_reference(
             reference_path, downloads.sha256_of(reference_path), network, output, options.batch_size
         )
@@ -471,6 +529,65 @@ def run_files(samples: epath.Path, output: epath.Path) -> None:
             say(line)
 
 
+def run_sweep(config: ConfigDict, workdir: epath.Path, sweep: str) -> None:
+    """Samples and scores along one field of config.sampling, the same labels and seeds at each point, and leaves
+    sweep-FIELD.json and sweep-FIELD.png in workdir/evaluation."""
+    field, values = sweep_values(sweep, config)
+    points = []
+    for value in values:
+        point = config.copy_and_resolve_references()
+        point.sampling[field] = value
+        check_config(point)
+        points.append(point)
+    rows = []
+    for value, point in zip(values, points, strict=True):
+        say(f"\n{field} {value:g}")
+        sample.run(point, workdir)
+        run_chosen(point, workdir)
+        rows.append({field: value, **scores_of(point, workdir)})
+    directory = workdir / "evaluation"
+    content = {"field": field, "labels": config.sampling.labels, "seed": config.sampling.seed, "points": rows}
+    artifacts.write_bytes(directory / f"sweep-{field}.json", (json.dumps(content, indent=2) + "\n").encode())
+    plot = report.sweep_plot(field, rows, f"{config.sampling.num_images} samples at each point.")
+    artifacts.write_bytes(directory / f"sweep-{field}.png", plot.png)
+    names = list(rows[0])
+    say("\n" + "".join(f"{name:>20}" for name in names))
+    for row in rows:
+        say("".join(f"{'–' if row[name] is None else f'{row[name]:.4g}':>20}" for name in names))
+    say(f"curve             {directory / f'sweep-{field}.png'}")
+
+
+def sweep_values(sweep: str, config: ConfigDict) -> tuple[str, list[float | int]]:
+    """Field and values of FIRST:LAST:STEP, both ends included.
+
+    Raises:
+        UserError: another field than cfg_scale, temperature, top_k and top_p, or no such range.
+    """
+    field, _, text = sweep.partition("=")
+    if field not in SWEPT:
+        raise UserError(f"--sweep={sweep}: {field!r} is none of {', '.join(SWEPT)}")
+    kind = type(config.sampling[field])
+    try:
+        first, last, step = (kind(part) for part in text.split(":"))
+    except ValueError as error:
+        raise UserError(f"--sweep={sweep}: a range is FIRST:LAST:STEP, as cfg_scale=1.5:2.5:0.25") from error
+    if step <= 0 or last < first:
+        raise UserError(f"--sweep={sweep}: the step must be positive and the last value not below the first")
+    count = int((last - first) / step + 1e-9) + 1
+    return field, [kind(round(first + i * step, 9)) for i in range(count)]
+
+
+def scores_of(config: ConfigDict, workdir: epath.Path) -> dict[str, float | None]:
+    """The scores that an evaluation of config.sampling has left."""
+    transformer = artifacts.require(artifacts.input_directory(config, workdir, "transformer", "train"), "train")
+    name = artifacts.samples_name(config, transformer.figures["step"])
+    if flags.FLAGS.reference:
+        found = json.loads((workdir / "evaluation" / f"{name}-inception" / "scores.json").read_text())
+        return found["scores"]
+    found = json.loads((workdir / "evaluation" / f"{name}.json").read_text())["scores"][SAMPLED]
+    return {key: value for key, value in found.items() if key != "count"}
+
+
 def announce_files(content: dict[str, Any]) -> None:
     """Scores of files of images, and all that they depend on."""
     for name, value in content["scores"].items():
@@ -487,7 +604,7 @@ def announce_files(content: dict[str, Any]) -> None:
 def run_chosen(config: ConfigDict | None, workdir: epath.Path | None) -> None:
     """What the options ask for."""
     options = flags.FLAGS
-    of_files = bool(options.reference or options["make-reference"].value)
+    reference = epath.Path(options.reference).expanduser() if options.reference else None
     if options.self_check and not (options.samples and options.reference):
         raise UserError("--self_check needs --samples=ADM samples and --reference=VIRTUAL_imagenet256_labeled.npz")
     if options.samples:
@@ -495,20 +612,33 @@ def run_chosen(config: ConfigDict | None, workdir: epath.Path | None) -> None:
             raise UserError("with --samples, give one of --reference=FILE.npz and --make-reference=FILE.npz")
         samples = epath.Path(options.samples).expanduser()
         beside = samples.parent / f"{samples.name}.evaluation"
-        run_files(samples, epath.Path(options.output).expanduser() if options.output else beside)
+        run_files(samples, epath.Path(options.output).expanduser() if options.output else beside, reference)
     elif config is None or workdir is None:
         raise UserError("give --config=configs/FILE.py and --workdir=DIR, or --samples=FILE.npz")
-    elif of_files:
+    elif options["make-reference"].value:
+        raise UserError("--make-reference=FILE.npz is made of --samples=FILE.npz")
+    elif reference is not None:
         transformer = artifacts.require(artifacts.input_directory(config, workdir, "transformer", "train"), "train")
         name = artifacts.samples_name(config, transformer.figures["step"])
         artifacts.require(workdir / "samples" / name, "sample")
-        run_files(workdir / "samples" / name / "samples.npz", workdir / "evaluation" / f"{name}-inception")
+        run_files(workdir / "samples" / name / "samples.npz", workdir / "evaluation" / f"{name}-inception", reference)
     else:
-        {"scores": run, "code_distance": run_code_distance}[options.what](config, workdir)
+        jobs = {"scores": run, "code_distance": run_code_distance, "reconstruction": run_reconstruction}
+        jobs[options.what](config, workdir)
+
+
+def run_point_or_sweep(config: ConfigDict | None, workdir: epath.Path | None) -> None:
+    """The whole command."""
+    if not flags.FLAGS.sweep:
+        run_chosen(config, workdir)
+    elif config is None or workdir is None:
+        raise UserError("--sweep needs --config=configs/FILE.py and --workdir=DIR, not --samples")
+    else:
+        run_sweep(config, workdir, flags.FLAGS.sweep)
 
 
 if __name__ == "__main__":
-    flags.DEFINE_enum("what", "scores", ("scores", "code_distance"), "What is measured.")
+    flags.DEFINE_enum("what", "scores", ("scores", "code_distance", "reconstruction"), "What is measured.")
     flags.DEFINE_string("samples", None, "Images to score: a .npz with arr_0, uint8 [N, H, W, 3].")
     flags.DEFINE_string(
         "reference", None, "What to compare with: a .npz with mu, sigma, mu_s, sigma_s, or arr_0, or all."
@@ -518,4 +648,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("output", None, "Directory for scores.json and what a killed run goes on from.")
     flags.DEFINE_integer("batch_size", 64, "Images that pass the Inception network together.", lower_bound=1)
     flags.DEFINE_bool("self_check", False, "Compare the scores with those published for ADM-G + ADM-U's samples.")
-    command_line.main(run_chosen, needs_config=lambda: not flags.FLAGS.samples)
+    flags.DEFINE_string("sweep", None, "FIELD=FIRST:LAST:STEP of config.sampling: sample and score at each value.")
+    command_line.main(run_point_or_sweep, needs_config=lambda: not flags.FLAGS.samples)

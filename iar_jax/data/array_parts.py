@@ -79,6 +79,12 @@ class ArrayParts:
         partial.replace(path)
         return digest.hexdigest()
 
+    def clear(self) -> None:
+        """Begins anew."""
+        self.remove()
+        self.directory.mkdir(parents=True)
+        self.starts = [0]
+
     def remove(self) -> None:
         self.directory.rmtree()
 

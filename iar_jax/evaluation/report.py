@@ -133,6 +133,20 @@ def curves(metrics: list[dict[str, Any]], names: Sequence[str], title: str, capt
     return finish(fig, axes, caption)
 
 
+def sweep_plot(field: str, rows: list[dict[str, float | None]], caption: str) -> Figure:
+    """Each score against the swept field, one above the other."""
+    names = [name for name in rows[0] if name != field and all(row[name] is not None for row in rows)]
+    size = (5.4, 1.9 * len(names))
+    fig, axes = plt.subplots(len(names), figsize=size, layout="constrained", sharex=True, squeeze=False)
+    for i, name in enumerate(names):
+        place = axes[i, 0]
+        place.plot([row[field] for row in rows], [row[name] for row in rows], "o-", color=f"C{i}")
+        place.set(ylabel=name.replace("_", " "))
+        place.grid(alpha=0.3)
+    axes[-1, 0].set(xlabel=field)
+    return finish(fig, axes[0, 0], caption)
+
+
 def usage_histogram(counts: Float[np.ndarray, " N"], caption: str) -> Figure:
     """How often each code is used, from the most to the least used, on a logarithmic scale."""
     fig, axes = plt.subplots(figsize=(5.4, 3.3), layout="constrained")

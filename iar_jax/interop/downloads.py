@@ -54,11 +54,13 @@ def find(given: str, files: tuple[PublicFile, ...], what: str) -> Path:
         if not path.is_file():
             raise UserError(f"{path}: no such file; {what} may be any of {', '.join(file.name for file in files)}")
         return path
-    for file in files:
-        path = cache_directory() / file.name
-        if path.is_file():
-            return path
-    return fetch(files, what)
+    return here(files) or fetch(files, what)
+
+
+def here(files: tuple[PublicFile, ...]) -> Path | None:
+    """The first of some files that lies in the cache directory."""
+    paths = (cache_directory() / file.name for file in files)
+    return next((path for path in paths if path.is_file()), None)
 
 
 def fetch(files: tuple[PublicFile, ...], what: str) -> Path:

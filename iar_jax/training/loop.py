@@ -93,7 +93,7 @@ class TrainingRun:
         if found is not None:
             state, info = found
             self.step, self.seconds_before = int(info["data_position"]), float(info["seconds"])
-            self.skipped_steps = int(info["skipped_steps"])
+            self.skipped_steps = int(info.get("skipped_steps", 0))
             if self.step > self.num_steps:
                 raise UserError(
                     f"{self.directory} is at step {self.step}; num_steps is {self.num_steps}, and must not be less"

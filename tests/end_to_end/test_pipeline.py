@@ -133,6 +133,45 @@ def test_codes_are_replaced_and_what_that_does_is_told(copy):
     assert "data:image/png" in (copy / "code_distance" / "report.html").read_text()
 
 
+def test_a_sweep_samples_and_scores_every_value(copy):
+    done = call("evaluate", copy, *TINY, "--sweep=cfg_scale=1:1.5:0.25")
+    found = json.loads((copy / "evaluation" / "sweep-cfg_scale.json").read_text())
+    assert [point["cfg_scale"] for point in found["points"]] == [1.0, 1.25, 1.5]
+    assert all(np.isfinite(point["frechet_distance"]) for point in found["points"])
+    assert Image.open(copy / "evaluation" / "sweep-cfg_scale.png").height > 0
+    assert len(list((copy / "samples").iterdir())) == 3
+    assert "curve" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("sweep", "message"),
+    [
+        ("seed=1:2:1", "'seed' is none of cfg_scale, temperature, top_k, top_p"),
+        ("cfg_scale=1:2", "a range is FIRST:LAST:STEP"),
+        ("top_k=1:8:0.5", "a range is FIRST:LAST:STEP"),
+        ("cfg_scale=2:1:0.5", "not below the first"),
+        ("top_p=0.5:1.5:0.5", "config.sampling.top_p is 1.5"),
+    ],
+)
+def test_a_sweep_of_nothing_is_refused(finished, copy, sweep, message):
+    done = call("evaluate", copy, *TINY, f"--sweep={sweep}", check=False)
+    assert message in done.stderr
+    assert done.returncode == 2
+
+
+def test_reconstructions_are_measured(finished, copy):
+    done = call("evaluate", copy, *TINY, "--what=reconstruction", IAR_JAX_CACHE=str(copy / "no weights"))
+    directory = copy / "evaluation" / "reconstruction"
+    figures = json.loads((directory / "figures.json").read_text())
+    assert figures["images"] == 500
+    originals, reconstructions = (np.load(directory / f"{n}.npz")["arr_0"] for n in ("originals", "reconstructions"))
+    errors = np.square(originals.astype(np.float64) - reconstructions).mean(axis=(1, 2, 3))
+    np.testing.assert_allclose(figures["psnr"], np.mean(10 * np.log10(255**2 / errors)), rtol=1e-4)
+    assert 0 < figures["ssim"] < 1
+    assert "rFID              not without Inception weights" in done.stdout
+    assert not list(directory.glob("*-parts"))
+
+
 def test_a_run_that_was_interrupted_ends_as_the_one_that_was_not(finished, copy):
     shutil.rmtree(copy / "train")
     process = start("train", copy, *TINY)

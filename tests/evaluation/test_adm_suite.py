@@ -175,7 +175,7 @@ def test_weights_that_are_nowhere_are_asked_for_by_name(tmp_path, monkeypatch):
         downloads.find("", tuple(elsewhere), "Inception weights")
     (tmp_path / "other").write_bytes(b"something else")
     wrong = downloads.INCEPTION[0]._replace(address=f"file://{tmp_path}/other")
-    with pytest.raises(UserError, match="its SHA-256 begins [0-9a-f]{8}, not 6726825d"):
+    with pytest.raises(UserError, match=r"its SHA-256 begins [0-9a-f]{8}, not 6726825d"):
         downloads.find("", (wrong,), "Inception weights")
     right = wrong._replace(sha256=downloads.sha256_of(tmp_path / "other")[:8])
     assert downloads.find("", (right,), "Inception weights").read_bytes() == b"something else"

@@ -1,6 +1,7 @@
 """If these fail, a resumed run is another run, or a damaged checkpoint ends one."""
 
 import dataclasses
+import json
 import shutil
 
 import jax
@@ -130,6 +131,17 @@ def test_one_flipped_bit_is_found(tmp_path, mesh, capsys):
             assert info["data_position"] == 1
             assert "changed since they were written" in capsys.readouterr().out
         largest.write_bytes(whole)
+
+
+def test_info_is_sealed_and_that_of_older_checkpoints_is_not():
+    info = {"data_position": 3, "seconds": 0.1, "ema_checksum": 5}
+    assert checkpoint.opened(json.loads(json.dumps(checkpoint.sealed(info)))) == info
+    with pytest.raises(ValueError, match="its info changed"):
+        checkpoint.opened(checkpoint.sealed(info) | {"data_position": 2})
+    with pytest.raises(ValueError, match="its info changed"):
+        checkpoint.opened(info)
+    older = {"data_position": 3, "seconds": 0.1}
+    assert checkpoint.opened(older) == older
 
 
 @settings(deadline=None, max_examples=30)
