@@ -10,10 +10,12 @@ measures the tokenizer alone: PSNR, SSIM, LPIPS and rFID on the val images.
     python -m iar_jax.evaluate --config=configs/mnist.py --workdir=runs/mnist --reference=FILE.npz
     python -m iar_jax.evaluate --samples=images.npz --make-reference=FILE.npz
     python -m iar_jax.evaluate --config=configs/mnist.py --workdir=runs/mnist --sweep=cfg_scale=1:2:0.25
+    python -m iar_jax.evaluate --config=configs/mnist.py --workdir=runs/mnist --watch
 
-These score files of images by the protocol of the ADM suite, and make a reference of one; the last one samples and
-scores at each value, with or without --reference. Inception weights are taken
-from --inception_weights or the cache directory, or fetched. What is kept is in SAMPLES.evaluation/, or --output.
+These score files of images by the protocol of the ADM suite, and make a reference of one. A sweep samples and scores at
+each value, a watch at each checkpoint of a training that goes on elsewhere, with or without --reference. Inception
+weights are taken from --inception_weights or the cache directory, or fetched. What is kept is in SAMPLES.evaluation/,
+or --output.
 
 `config.evaluation.features=classifier` needs no weights from elsewhere: a small network is trained on the real
 images first, and its last hidden layer is what distances are taken in. Such figures compare runs on one data set
@@ -22,6 +24,7 @@ with each other, never with published ones.
 
 import functools
 import json
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -43,7 +46,7 @@ from iar_jax.evaluation import adm_suite, code_distance_report, features, freche
 from iar_jax.interop import downloads, inception
 from iar_jax.interop.lpips import load_lpips
 from iar_jax.losses.tokenizer_losses import psnr
-from iar_jax.models.build import load_tokenizer
+from iar_jax.models.build import load_tokenizer, transformer_at
 from iar_jax.models.classifier import Classifier
 from iar_jax.models.quantizer import normalize
 from iar_jax.runtime import artifacts, checkpoint, command_line, lock, metric_log, sharding
@@ -66,7 +69,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     tokenizer_directory = artifacts.input_directory(config, workdir, "tokenizer", "tokenizer")
     codebook_directory = artifacts.input_directory(config, workdir, "codebook", "codebook")
     transformer_directory = artifacts.input_directory(config, workdir, "transformer", "train")
-    transformer = artifacts.require(transformer_directory, "train")
+    transformer = transformer_at(transformer_directory, config.sampling.step)
     name = artifacts.samples_name(config, transformer.figures["step"])
     samples_directory = workdir / "samples" / name
     samples = artifacts.require(samples_directory, "sample")
@@ -157,7 +160,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
                 ],
             ),
             report.Section("Scores", "Each set against the training images.", tables=[scores_table(scores)]),
-            report.Section("Transformer", figures=transformer_curves(transformer_directory)),
+            report.Section("Transformer", figures=transformer_curves(transformer_directory) + watch_curves(directory)),
             report.Section(
                 "Tokenizer and codebook",
                 figures=[
@@ -399,6 +402,16 @@ def time_table(metadata: dict[str, artifacts.Metadata | None], evaluate_seconds:
     return report.Table(("stage", "time"), [*rows, ("together", f"{sum(seconds.values()):.1f} s")])
 
 
+def watch_curves(directory: epath.Path) -> list[report.Figure]:
+    """Scores of the checkpoints that a watch has found so far."""
+    rows = metric_log.read_metrics(directory, "watch.jsonl")
+    names = set.intersection(*({*row} for row in rows)) if rows else set()
+    if len(rows) < 2 or len(names) < 2:
+        return []
+    rows = [{name: row[name] for name in row if name in names} for row in sorted(rows, key=lambda row: row["step"])]
+    return [report.sweep_plot("step", rows, "Scores of the samples of each checkpoint.")]
+
+
 def transformer_curves(directory: epath.Path) -> list[report.Figure]:
     metrics = metric_log.read_metrics(directory)
     figures = [
@@ -557,6 +570,46 @@ def run_sweep(config: ConfigDict, workdir: epath.Path, sweep: str) -> None:
     say(f"curve             {directory / f'sweep-{field}.png'}")
 
 
+def run_watch(config: ConfigDict, workdir: epath.Path, pause: float) -> None:
+    """Scores each checkpoint of a training, which may be running elsewhere, once: in order, until the training is
+    finished and all are scored. Leaves watch.jsonl and TensorBoard events in workdir/evaluation."""
+    from clu import metric_writers  # imports TensorFlow, which takes seconds
+
+    transformer_directory = artifacts.input_directory(config, workdir, "transformer", "train")
+    directory = workdir / "evaluation"
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "watch.jsonl"
+    scored = {line["step"] for line in metric_log.read_metrics(directory, path.name)}
+    board = metric_writers.SummaryWriter(os.fspath(directory))
+    say(f"watching {transformer_directory}: {len(scored)} checkpoints scored before")
+    while True:
+        training = artifacts.read_metadata(transformer_directory)
+        new = [step for step in checkpoint.steps_in(transformer_directory / "checkpoints") if step not in scored]
+        for step in new:
+            point = config.copy_and_resolve_references()
+            point.sampling.step = step
+            scored.add(step)
+            say(f"\nstep {step}")
+            try:
+                sample.run(point, workdir)
+                run_chosen(point, workdir)
+            except UserError as error:
+                if step in checkpoint.steps_in(transformer_directory / "checkpoints"):
+                    raise
+                say(f"the checkpoint of step {step} was removed before it was scored ({error})")
+                continue
+            found = {name: value for name, value in scores_of(point, workdir).items() if value is not None}
+            with path.open("a") as file:
+                file.write(json.dumps({"step": step, **found}) + "\n")
+            board.write_scalars(step, {f"evaluation/{name}": value for name, value in found.items()})
+            board.flush()
+        if not new and training is not None and training.finished:
+            say(f"watch: the training is finished, {len(scored)} checkpoints are scored, in {path}")
+            return
+        if not new:
+            time.sleep(pause)
+
+
 def sweep_values(sweep: str, config: ConfigDict) -> tuple[str, list[float | int]]:
     """Field and values of FIRST:LAST:STEP, both ends included.
 
@@ -579,7 +632,8 @@ def sweep_values(sweep: str, config: ConfigDict) -> tuple[str, list[float | int]
 
 def scores_of(config: ConfigDict, workdir: epath.Path) -> dict[str, float | None]:
     """The scores that an evaluation of config.sampling has left."""
-    transformer = artifacts.require(artifacts.input_directory(config, workdir, "transformer", "train"), "train")
+    directory = artifacts.input_directory(config, workdir, "transformer", "train")
+    transformer = transformer_at(directory, config.sampling.step)
     name = artifacts.samples_name(config, transformer.figures["step"])
     if flags.FLAGS.reference:
         found = json.loads((workdir / "evaluation" / f"{name}-inception" / "scores.json").read_text())
@@ -618,7 +672,8 @@ def run_chosen(config: ConfigDict | None, workdir: epath.Path | None) -> None:
     elif options["make-reference"].value:
         raise UserError("--make-reference=FILE.npz is made of --samples=FILE.npz")
     elif reference is not None:
-        transformer = artifacts.require(artifacts.input_directory(config, workdir, "transformer", "train"), "train")
+        directory = artifacts.input_directory(config, workdir, "transformer", "train")
+        transformer = transformer_at(directory, config.sampling.step)
         name = artifacts.samples_name(config, transformer.figures["step"])
         artifacts.require(workdir / "samples" / name, "sample")
         run_files(workdir / "samples" / name / "samples.npz", workdir / "evaluation" / f"{name}-inception", reference)
@@ -629,12 +684,15 @@ def run_chosen(config: ConfigDict | None, workdir: epath.Path | None) -> None:
 
 def run_point_or_sweep(config: ConfigDict | None, workdir: epath.Path | None) -> None:
     """The whole command."""
-    if not flags.FLAGS.sweep:
+    options = flags.FLAGS
+    if not options.sweep and not options.watch:
         run_chosen(config, workdir)
-    elif config is None or workdir is None:
-        raise UserError("--sweep needs --config=configs/FILE.py and --workdir=DIR, not --samples")
+    elif config is None or workdir is None or (options.sweep and options.watch):
+        raise UserError("--sweep and --watch need --config=configs/FILE.py and --workdir=DIR, and not each other")
+    elif options.sweep:
+        run_sweep(config, workdir, options.sweep)
     else:
-        run_sweep(config, workdir, flags.FLAGS.sweep)
+        run_watch(config, workdir, options.watch_seconds)
 
 
 if __name__ == "__main__":
@@ -649,4 +707,6 @@ if __name__ == "__main__":
     flags.DEFINE_integer("batch_size", 64, "Images that pass the Inception network together.", lower_bound=1)
     flags.DEFINE_bool("self_check", False, "Compare the scores with those published for ADM-G + ADM-U's samples.")
     flags.DEFINE_string("sweep", None, "FIELD=FIRST:LAST:STEP of config.sampling: sample and score at each value.")
+    flags.DEFINE_bool("watch", False, "Score each checkpoint of a training that may be running, until it is finished.")
+    flags.DEFINE_float("watch_seconds", 30.0, "How often --watch looks for a new checkpoint.", lower_bound=0.1)
     command_line.main(run_point_or_sweep, needs_config=lambda: not flags.FLAGS.samples)

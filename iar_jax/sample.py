@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from iar_jax.data import pictures, preprocessing
 from iar_jax.data.array_parts import ArrayParts, npy_bytes
 from iar_jax.data.codes import read_permutation
-from iar_jax.models.build import load_tokenizer, load_transformer
+from iar_jax.models.build import load_tokenizer, load_transformer, transformer_at
 from iar_jax.runtime import artifacts, command_line, lock, sharding
 from iar_jax.runtime.artifacts import write_bytes
 from iar_jax.runtime.errors import UserError
@@ -31,7 +31,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     codebook_directory = artifacts.input_directory(config, workdir, "codebook", "codebook")
     transformer_directory = artifacts.input_directory(config, workdir, "transformer", "train")
     tokenizer = artifacts.require(tokenizer_directory, "train_tokenizer")
-    transformer = artifacts.require(transformer_directory, "train")
+    transformer = transformer_at(transformer_directory, config.sampling.step)
     permutation = read_permutation(codebook_directory, tokenizer, tokenizer_directory)
     codebook = artifacts.require(codebook_directory, "rearrange_codebook")
     for name, directory, metadata in (
@@ -59,7 +59,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     with lock.hold(directory):
         mesh = sharding.make_mesh(**config.mesh)
         sharding.check_batch_size(mesh, section.batch_size, "config.sampling.batch_size")
-        model, params, _, _ = load_transformer(transformer_directory, mesh)
+        model, params, _, _ = load_transformer(transformer_directory, mesh, section.step)
         vq, vq_params, _ = load_tokenizer(tokenizer_directory, mesh)
         labels = choose_labels(section.labels, section.num_images, model.num_classes, section.seed)
         new_to_old = jnp.asarray(permutation.new_to_old)

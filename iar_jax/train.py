@@ -77,6 +77,9 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         num_classes=num_classes,
         grid_size=grid_size,
     )
+    # What a checkpoint is read by while training goes on.
+    facts = transformer_facts(model)
+    artifacts.note(directory, {"facts": facts})
     key = jax.random.key(config.seed)
     eval_step = jax.jit(
         transformer_steps.make_eval_step(model, cluster_size=permutation.cluster_size, loss_chunks=section.loss_chunks),
@@ -117,7 +120,6 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
 
     fingerprint = artifacts.fingerprint_arrays(distributed.to_host(state.ema_params))
     num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    facts = transformer_facts(model)
     artifacts.finish(
         directory,
         fingerprint,

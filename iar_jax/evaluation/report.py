@@ -142,8 +142,10 @@ def sweep_plot(field: str, rows: list[dict[str, float | None]], caption: str) ->
         place = axes[i, 0]
         place.plot([row[field] for row in rows], [row[name] for row in rows], "o-", color=f"C{i}")
         place.set(ylabel=name.replace("_", " "))
-        place.grid(alpha=0.3)
+        place.grid(alpha=0.25)
+        place.spines[["top", "right"]].set_visible(False)
     axes[-1, 0].set(xlabel=field)
+    fig.suptitle(caption, fontsize=10)
     return finish(fig, axes[0, 0], caption)
 
 

@@ -1,5 +1,7 @@
 """From a config section to a module, and from a finished artifact to a module with its weights."""
 
+import dataclasses
+import hashlib
 from typing import Any
 
 import jax
@@ -11,6 +13,7 @@ from iar_jax.models.transformer import Transformer, swiglu_hidden_dim
 from iar_jax.models.vqgan import VQModel
 from iar_jax.runtime import artifacts, checkpoint, sharding
 from iar_jax.runtime.compiled_cost import transformer_flops
+from iar_jax.runtime.errors import UserError, brief
 
 
 def build_tokenizer(section: dict[str, Any]) -> VQModel:
@@ -70,14 +73,36 @@ def load_tokenizer(directory: epath.Path, mesh: Mesh) -> tuple[VQModel, Any, art
     return model, params, metadata
 
 
-def load_transformer(directory: epath.Path, mesh: Mesh) -> tuple[Transformer, Any, int, artifacts.Metadata]:
-    """A finished transformer artifact: module, averaged weights sharded by the rules, step, metadata."""
-    metadata = artifacts.require(directory, "train")
+def transformer_at(directory: epath.Path, step: int) -> artifacts.Metadata:
+    """Metadata of a transformer: of the finished one where step is 0, else as if it had been finished at that step.
+
+    Raises:
+        UserError: it is not finished, or has no whole checkpoint of that step.
+    """
+    if not step:
+        return artifacts.require(directory, "train")
+    found = artifacts.read_metadata(directory)
+    steps = checkpoint.steps_in(directory / "checkpoints")
+    if found is None or step not in steps:
+        raise UserError(f"{directory} has no checkpoint of step {step}; there are {steps or 'none'}")
+    try:
+        checksum = checkpoint.read_info(directory / "checkpoints", step).get("ema_checksum")
+    except Exception as error:  # damaged, or removed just now
+        raise UserError(f"{directory}: the checkpoint of step {step} cannot be read ({brief(error)})") from error
+    fingerprint = hashlib.sha256(f"{step} {checksum} {sorted(found.inputs.items())}".encode()).hexdigest()
+    return dataclasses.replace(found, fingerprint=fingerprint, figures=found.figures | {"step": step})
+
+
+def load_transformer(
+    directory: epath.Path, mesh: Mesh, step: int = 0
+) -> tuple[Transformer, Any, int, artifacts.Metadata]:
+    """A transformer artifact: module, averaged weights sharded by the rules, step, metadata; see `transformer_at`."""
+    metadata = transformer_at(directory, step)
     model = build_transformer(
         metadata.config["model"] | {"scan_unroll": 1, "remat": "none"}, **metadata.figures["facts"]
     )
     labels, codes = jnp.zeros((1,), jnp.int32), jnp.zeros((1, model.num_tokens), jnp.int32)
     boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), labels, codes)["params"])
     abstract = checkpoint.abstract_tree(sharding.unbox(boxed), sharding.tree_shardings(mesh, boxed))
-    params, step = checkpoint.restore_params(directory / "checkpoints", abstract)
+    params, step = checkpoint.restore_params(directory / "checkpoints", abstract, step or None)
     return model, params, step, metadata

@@ -144,6 +144,14 @@ def begin(directory: epath.Path, stage: str, config: dict[str, Any], inputs: dic
     return done
 
 
+def note(directory: epath.Path, figures: dict[str, Any]) -> None:
+    """Adds figures to an artifact while it is being made."""
+    found = read_metadata(directory)
+    if found is None:
+        raise FileNotFoundError(f"{directory} was removed while its stage ran")
+    _write(directory, dataclasses.replace(found, figures=found.figures | figures))
+
+
 def finish(directory: epath.Path, fingerprint: str, figures: dict[str, Any]) -> Metadata:
     """Marks the artifact that `begin` started as whole."""
     found = read_metadata(directory)
@@ -175,10 +183,11 @@ def input_directory(config: ConfigDict, workdir: epath.Path, name: str, default:
 
 
 def samples_name(config: ConfigDict, step: int) -> str:
-    """STEP-SETTINGS, the name of the samples of config.sampling from the checkpoint of a step, and of their scores."""
+    """STEP-SETTINGS, the name of the samples of config.sampling from the checkpoint of a step, and of their scores;
+    "checkpoint-" before it where config.sampling.step asks for one."""
     s = config.sampling
     settings = f"cfg{s.cfg_scale:g}-t{s.temperature:g}-k{s.top_k}-p{s.top_p:g}-{s.labels}-n{s.num_images}-seed{s.seed}"
-    return f"{step:07d}-{settings}"
+    return f"{'checkpoint-' if s.step else ''}{step:07d}-{settings}"
 
 
 class Difference(NamedTuple):

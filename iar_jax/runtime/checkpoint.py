@@ -183,24 +183,31 @@ def save_params(directory: epath.Path, step: int, params: Any) -> None:
         manager.wait_until_finished()
 
 
-def restore_params(directory: epath.Path, abstract_params: Any) -> tuple[Any, int]:
-    """The averaged weights of the latest checkpoint in `directory`, and its step.
+def steps_in(directory: epath.Path) -> list[int]:
+    """Steps of the whole checkpoints in a directory, in their order."""
+    return sorted(ocp.utils.checkpoint_steps(directory.resolve())) if directory.exists() else []
+
+
+def read_info(directory: epath.Path, step: int) -> dict[str, int | float]:
+    """Info of the checkpoint of a step; raises ValueError where it is damaged."""
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+        return opened(checkpointer.restore((directory / str(step) / "info").resolve()))
+
+
+def restore_params(directory: epath.Path, abstract_params: Any, step: int | None = None) -> tuple[Any, int]:
+    """The averaged weights of the checkpoint of a step (of the latest where None), and the step.
 
     Raises:
         UserError: no checkpoint, one that is damaged, or one that does not fit the model.
     """
-    steps = ocp.utils.checkpoint_steps(directory.resolve()) if directory.exists() else []
+    steps = steps_in(directory)
     if not steps:
         raise UserError(f"{directory}: no checkpoint in it")
-    step = max(steps)
+    step = steps[-1] if step is None else step
     try:
-        with (
-            ocp.StandardCheckpointer() as checkpointer,
-            ocp.Checkpointer(ocp.JsonCheckpointHandler()) as json_checkpointer,
-        ):
+        with ocp.StandardCheckpointer() as checkpointer:
             params = checkpointer.restore((directory / str(step) / "ema_params").resolve(), abstract_params)
-            info = opened(json_checkpointer.restore((directory / str(step) / "info").resolve()))
-        compare("they", info.get("ema_checksum"), params)
+        compare("they", read_info(directory, step).get("ema_checksum"), params)
         return params, step
     except Exception as error:
         raise UserError(

@@ -43,6 +43,7 @@ MAY_BE_ZERO = {
     "training.keep_every",
     "training.max_skipped_steps",
     "training.warmup_steps",
+    "sampling.step",
     "sampling.top_k",
     "sampling.seed",
 }

@@ -157,6 +157,7 @@ def default_config() -> ConfigDict:
     config.sampling = ConfigDict(
         {
             "num_images": 50_000,
+            "step": 0,  # of the transformer's checkpoint; 0 is the last one of a finished training
             "batch_size": 64,
             "labels": "balanced",  # balanced: the classes in turn; uniform: drawn at random, as LlamaGen does
             "cfg_scale": 2.0,  # 1 turns guidance off

@@ -85,9 +85,9 @@ class MetricLog:
         self.tensorboard.write_scalars(step, speed)
 
 
-def read_metrics(directory: epath.Path) -> list[dict[str, Any]]:
+def read_metrics(directory: epath.Path, name: str = METRICS_FILE) -> list[dict[str, Any]]:
     """All whole lines of a run's JSONL file; a torn last line is left out."""
-    path = directory / METRICS_FILE
+    path = directory / name
     lines = []
     if path.exists():
         for line in path.read_text().splitlines():

@@ -133,6 +133,32 @@ def test_codes_are_replaced_and_what_that_does_is_told(copy):
     assert "data:image/png" in (copy / "code_distance" / "report.html").read_text()
 
 
+def test_a_watch_scores_each_checkpoint_of_a_training_that_goes_on(finished, copy):
+    shutil.rmtree(copy / "train")
+    options = [*TINY, "--config.training.checkpoint_every=6"]
+    training = start("train", copy, *options)
+    wait_until(lambda: (copy / "train" / "checkpoints" / "6").exists() or training.poll() is not None, pause=0.01)
+    watching = call("evaluate", copy, *options, "--watch", "--watch_seconds=0.2")
+    training.communicate(timeout=60)
+    assert training.returncode == 0
+    found = [json.loads(line) for line in (copy / "evaluation" / "watch.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in found]
+    assert steps == sorted(set(steps))
+    assert set(steps) <= {6, 12, 18, 24}
+    assert {18, 24} <= set(steps)  # the two that retention keeps
+    assert all(np.isfinite(line["frechet_distance"]) for line in found)
+    assert "the training is finished" in watching.stdout
+    assert list((copy / "evaluation").glob("events.out.tfevents*"))
+    # The finished transformer's own samples are others than its last checkpoint's only by name.
+    call("sample", copy, *options)
+    names = [path.name for path in (copy / "samples").glob("*0000024*")]
+    images = [np.load(copy / "samples" / name / "samples.npz")["arr_0"] for name in names]
+    assert len(images) == 2
+    np.testing.assert_array_equal(*images)
+    # A second watch has nothing to do.
+    assert "2 checkpoints scored before" in call("evaluate", copy, *options, "--watch").stdout or len(steps) > 2
+
+
 def test_a_sweep_samples_and_scores_every_value(copy):
     done = call("evaluate", copy, *TINY, "--sweep=cfg_scale=1:1.5:0.25")
     found = json.loads((copy / "evaluation" / "sweep-cfg_scale.json").read_text())

@@ -31,7 +31,10 @@ def test_the_distance_is_that_of_the_matrix_square_root():
 def test_the_distance_is_defined_for_fewer_images_than_dimensions():
     rng = np.random.default_rng(0)
     few, many = feature_statistics(rng.standard_normal((5, 20))), feature_statistics(rng.standard_normal((50, 20)))
-    assert np.isfinite(frechet_distance(*few, *many))
+    root = scipy.linalg.sqrtm(few.covariance @ many.covariance).real
+    expected = np.square(few.mean - many.mean).sum() + np.trace(few.covariance + many.covariance - 2 * root)
+    for pair in ((few, many), (many, few)):
+        np.testing.assert_allclose(frechet_distance(*pair[0], *pair[1]), expected, rtol=1e-6)
     np.testing.assert_allclose(frechet_distance(*few, *few), 0.0, atol=1e-6)
 
 
