@@ -46,8 +46,14 @@ def test_duplicate_codes_keep_their_own_places():
 
 
 @settings(deadline=None, max_examples=20)
-@given(st.integers(1, 6), st.integers(1, 9), st.integers(0, 100), st.sampled_from(["normal", "duplicates", "equal"]))
-def test_a_path_keeps_clusters_together_and_is_no_shorter_than_the_tree(num_clusters, size, seed, kind):
+@given(
+    # A few shapes, each of which is compiled once.
+    st.sampled_from([(1, 1), (1, 7), (6, 1), (2, 2), (3, 9), (5, 4)]),
+    st.integers(0, 100),
+    st.sampled_from(["normal", "duplicates", "equal"]),
+)
+def test_a_path_keeps_clusters_together_and_is_no_shorter_than_the_tree(shape, seed, kind):
+    num_clusters, size = shape
     rng = np.random.default_rng(seed)
     vectors = rng.standard_normal((num_clusters * size, 3)).astype(np.float32)
     if kind == "duplicates":
