@@ -68,10 +68,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--loss_chunks", type=int, default=1)
+    parser.add_argument("--attention_block", type=int, default=64)
     arguments = parser.parse_args()
     config = get_config(f"{arguments.model},256")
     repeats, batch_size, length = arguments.repeats, arguments.batch, 256
     config.model.dtype = arguments.dtype
+    config.model.attention_block = arguments.attention_block
     config.model.scan_unroll = config.model.num_layers
     model = build_transformer(config.model, vocab_size=16384, num_classes=1000, grid_size=16)
     optimizer = optimizer_of(config.training)
@@ -103,7 +105,7 @@ def main() -> None:
 
     def attention(q, k, v):
         q, k = apply_rope(q, rope), apply_rope(k, rope)
-        return jnp.sum(causal_attention(q, k, v).astype(jnp.float32))
+        return jnp.sum(causal_attention(q, k, v, arguments.attention_block).astype(jnp.float32))
 
     heads = x.reshape(batch_size, length, model.num_heads, -1)
     one_attention = seconds(jax.jit(jax.grad(attention, (0, 1, 2))), heads, heads, heads, repeats=repeats)

@@ -44,6 +44,7 @@ from iar_jax.data.codes import read_permutation
 from iar_jax.data.images import ImageDataset, ImageSource, open_images
 from iar_jax.evaluation import adm_suite, code_distance_report, features, frechet, precision_recall, report, ssim
 from iar_jax.interop import downloads, inception
+from iar_jax.interop.lpips import available as lpips_available
 from iar_jax.interop.lpips import load_lpips
 from iar_jax.losses.tokenizer_losses import psnr
 from iar_jax.models.build import load_tokenizer, transformer_at
@@ -199,7 +200,7 @@ def run_code_distance(config: ConfigDict, workdir: epath.Path) -> None:
     decode = jax.jit(lambda codes: model.apply({"params": params}, codes, method="decode_codes"))
     perceptual_distance = None
     weights = config.tokenizer_training
-    if weights.vgg_weights and weights.lpips_weights:
+    if lpips_available(weights.vgg_weights, weights.lpips_weights):
         lpips = jax.jit(load_lpips(weights.vgg_weights, weights.lpips_weights))
 
         def perceptual_distance(first, second):
@@ -462,7 +463,7 @@ def run_reconstruction(config: ConfigDict, workdir: epath.Path) -> None:
     images = open_images(config.data)
     measures: dict[str, Callable] = {"psnr": psnr_of_bytes, "ssim": ssim.ssim}
     section = config.tokenizer_training
-    if section.vgg_weights and section.lpips_weights:
+    if lpips_available(section.vgg_weights, section.lpips_weights):
         lpips = jax.jit(load_lpips(section.vgg_weights, section.lpips_weights))
         measures["lpips"] = lambda *pair: np.ravel(lpips(*map(preprocessing.to_unit_range, pair)))
     values: dict[str, list[np.ndarray]] = {name: [] for name in measures}

@@ -37,6 +37,15 @@ INCEPTION = (
     ),
 )
 
+VGG = (PublicFile("vgg16-397923af.pth", "https://download.pytorch.org/models/vgg16-397923af.pth", "397923af"),)
+LPIPS = (
+    PublicFile(
+        "lpips-vgg-v0.1.pth",
+        "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth",
+        "",
+    ),
+)
+
 
 def cache_directory() -> Path:
     """IAR_JAX_CACHE, or ~/.cache/iar_jax."""

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from iar_jax.interop import downloads
 from iar_jax.interop.torch_files import read_torch_file
 from iar_jax.models.lpips import STAGES, Lpips
 from iar_jax.runtime.errors import UserError
@@ -17,12 +18,15 @@ def load_lpips(
     """The perceptual distance of two batches of images in [-1, 1].
 
     Args:
-        vgg_path: torchvision's vgg16 (keys "features.0.weight" ...), .pth or .safetensors.
-        lpips_path: the linear layers ("lin0.model.1.weight" ...), .pth or .safetensors.
+        vgg_path: torchvision's vgg16 (keys "features.0.weight" ...), .pth or .safetensors; "" for the one in the cache
+            directory, fetched where it is not there.
+        lpips_path: the linear layers ("lin0.model.1.weight" ...), the same way.
 
     Raises:
-        UserError: a file that cannot be read or lacks a tensor.
+        UserError: a file that is nowhere, cannot be read or lacks a tensor.
     """
+    vgg_path = str(downloads.find(vgg_path, downloads.VGG, "VGG-16 weights"))
+    lpips_path = str(downloads.find(lpips_path, downloads.LPIPS, "LPIPS weights"))
     vgg, linear = read_torch_file(vgg_path), read_torch_file(lpips_path)
     params: dict = {}
     index, channels_in = 0, 3
@@ -37,6 +41,11 @@ def load_lpips(
         params[f"linear{i}"] = weight.reshape(channels)
     params = {"params": _to_jax(params)}
     return lambda first, second: Lpips().apply(params, first, second)
+
+
+def available(vgg_path: str, lpips_path: str) -> bool:
+    """Whether LPIPS can be had without fetching anything."""
+    return bool((vgg_path or downloads.here(downloads.VGG)) and (lpips_path or downloads.here(downloads.LPIPS)))
 
 
 def _tensor(weights: dict, name: str, shape: tuple[int, ...], path: str) -> np.ndarray:

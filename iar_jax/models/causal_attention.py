@@ -11,32 +11,29 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-# Measured on CPUs: 64 and 256 are slower. TPU matrix units are 128 wide.
-BLOCK = 128
-
 
 def causal_attention(
-    q: Float[Array, "B T H K"], k: Float[Array, "B T H2 K"], v: Float[Array, "B T H2 K"]
+    q: Float[Array, "B T H K"], k: Float[Array, "B T H2 K"], v: Float[Array, "B T H2 K"], block_size: int
 ) -> Float[Array, "B T H K"]:
     """softmax(q k^T / sqrt(K)) v over the positions up to each one's own; scores in float32, result in q's dtype.
 
-    H is a multiple of H2: consecutive query heads share a key-value head.
+    H is a multiple of H2: consecutive query heads share a key-value head. Queries are taken in blocks of `block_size`.
     """
     group = q.shape[2] // k.shape[2]
     k, v = (jnp.repeat(x, group, axis=2) if group > 1 else x for x in (k, v))
     q = q * q.shape[-1] ** -0.5
-    return attend(*(x.swapaxes(1, 2) for x in (q, k, v))).swapaxes(1, 2)
+    return attend(*(x.swapaxes(1, 2) for x in (q, k, v)), block_size).swapaxes(1, 2)
 
 
-@jax.custom_vjp
-def attend(q, k, v):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def attend(q, k, v, block_size):
     """Heads lead: [B, H, T, K], q scaled."""
-    return attend_forward(q, k, v)[0]
+    return attend_forward(q, k, v, block_size)[0]
 
 
-def attend_forward(q, k, v):
+def attend_forward(q, k, v, block_size):
     outputs, log_normalisers = [], []
-    for start, stop in blocks(q.shape[2]):
+    for start, stop in blocks(q.shape[2], block_size):
         scores = masked_scores(q, k, start, stop)
         highest = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - highest)
@@ -48,12 +45,12 @@ def attend_forward(q, k, v):
     return output, (q, k, v, output, jnp.concatenate(log_normalisers, axis=2))
 
 
-def attend_backward(saved, g):
+def attend_backward(block_size, saved, g):
     q, k, v, output, log_normalisers = saved
     # Each row of d(scores) is weights * (d(weights) - their mean), and that mean is the row's g . output.
     mean = jnp.sum(g.astype(jnp.float32) * output.astype(jnp.float32), axis=-1, keepdims=True)
     dq, dk, dv = [], [], []
-    for start, stop in blocks(q.shape[2]):
+    for start, stop in blocks(q.shape[2], block_size):
         rows = slice(start, stop)
         weights = jnp.exp(masked_scores(q, k, start, stop) - log_normalisers[:, :, rows])
         dweights = product("bhtk,bhsk->bhts", g[:, :, rows], v[:, :, :stop])
@@ -73,8 +70,8 @@ attend.defvjp(attend_forward, attend_backward)
 product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-def blocks(length: int) -> list[tuple[int, int]]:
-    return [(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK)]
+def blocks(length: int, size: int) -> list[tuple[int, int]]:
+    return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 def masked_scores(q, k, start: int, stop: int):

@@ -84,6 +84,7 @@ class Attention(nn.Module):
 
     num_heads: int
     num_kv_heads: int
+    block_size: int
     init_std: float
     dtype: DTypeLike
 
@@ -114,7 +115,7 @@ class Attention(nn.Module):
         k, v = qkv[:, :, :, group], qkv[:, :, :, group + 1]
         q, k = apply_rope(q, rope), apply_rope(k, rope)
         if cache is None or position is None:
-            out = causal_attention(q, k, v)
+            out = causal_attention(q, k, v, self.block_size)
         else:
             keys = jax.lax.dynamic_update_slice_in_dim(cache.keys, k.astype(cache.keys.dtype), position, axis=1)
             values = jax.lax.dynamic_update_slice_in_dim(cache.values, v.astype(cache.values.dtype), position, axis=1)
@@ -150,6 +151,7 @@ class Block(nn.Module):
     num_kv_heads: int
     hidden_dim: int
     norm_eps: float
+    attention_block: int
     init_std: float
     residual_dropout_rate: float
     ffn_dropout_rate: float
@@ -166,9 +168,10 @@ class Block(nn.Module):
     ) -> tuple[Float[Array, "B L D"], LayerCache | None]:
         x = nn.with_logical_constraint(x, ("batch", None, None))
         normed = RMSNorm(self.norm_eps, self.dtype, name="attention_norm")(x)
-        out, cache = Attention(self.num_heads, self.num_kv_heads, self.init_std, self.dtype, name="attention")(
-            normed, rope, cache, position
+        attention = Attention(
+            self.num_heads, self.num_kv_heads, self.attention_block, self.init_std, self.dtype, name="attention"
         )
+        out, cache = attention(normed, rope, cache, position)
         x = x + self.residual(out, self.residual_dropout_rate)
         normed = RMSNorm(self.norm_eps, self.dtype, name="ffn_norm")(x)
         out = FeedForward(self.hidden_dim, self.init_std, self.dtype, name="feed_forward")(normed)
@@ -195,6 +198,7 @@ class Transformer(nn.Module):
             for narrow models, which want about dim ** -0.5.
         dtype: of activations and matrix products; parameters are float32.
         remat: what the backward pass recomputes, a key of REMAT_POLICIES; "none" keeps all activations.
+        attention_block: queries that attention takes together; see causal_attention.
         scan_unroll: layers unrolled in one step of the layer scan; num_layers unrolls all. Parameters are stacked
             over layers either way.
     """
@@ -217,6 +221,7 @@ class Transformer(nn.Module):
     class_dropout_rate: float = 0.0
     dtype: DTypeLike = jnp.float32
     remat: str = "none"
+    attention_block: int = 128
     scan_unroll: int = 1
 
     @property
@@ -258,6 +263,7 @@ class Transformer(nn.Module):
             "num_kv_heads": self.num_kv_heads or self.num_heads,
             "hidden_dim": self.hidden_dim,
             "norm_eps": self.norm_eps,
+            "attention_block": self.attention_block,
             "init_std": self.init_std,
             "residual_dropout_rate": self.residual_dropout_rate,
             "ffn_dropout_rate": self.ffn_dropout_rate,

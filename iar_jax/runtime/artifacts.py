@@ -41,6 +41,7 @@ IMMATERIAL_FIELDS = {
     ),
     "training.accumulation",
     "training.loss_chunks",
+    "model.attention_block",
     "model.scan_unroll",
     "model.remat",
     "codes.batch_size",

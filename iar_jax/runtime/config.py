@@ -206,11 +206,6 @@ def _check_together(config: ConfigDict) -> None:
     if config.data.source == "mnist5k" and config.data.resolution != 32:
         raise UserError(f"config.data.resolution is {config.data.resolution}; the source 'mnist5k' has 32")
     training = config.tokenizer_training
-    if training.perceptual_weight > 0.0 and not (training.vgg_weights and training.lpips_weights):
-        raise UserError(
-            f"config.tokenizer_training.perceptual_weight is {training.perceptual_weight}; LPIPS needs the files "
-            "config.tokenizer_training.vgg_weights and .lpips_weights (or set the weight to 0)"
-        )
     if training.perceptual_weight > 0.0 and config.data.resolution < 16:
         raise UserError(
             "config.tokenizer_training.perceptual_weight is set; LPIPS needs pictures of 16 pixels at least"

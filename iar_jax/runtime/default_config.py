@@ -64,7 +64,8 @@ def default_config() -> ConfigDict:
             "adversarial_from_step": 20_000,
             "discriminator_channels": 64,
             "discriminator_layers": 3,
-            "vgg_weights": "",  # VGG-16 and LPIPS files, needed where perceptual_weight > 0
+            # VGG-16 and LPIPS files for perceptual_weight > 0; "" takes those in the cache directory, or fetches them
+            "vgg_weights": "",
             "lpips_weights": "",
             # The codebook is seeded from encoder outputs at this step; before it the decoder sees them as they are.
             # 0 leaves the random codebook.
@@ -124,6 +125,7 @@ def default_config() -> ConfigDict:
             # What the backward pass recomputes: none; layer: whole layers, a third more work for the least memory;
             # dots: all but matrix products with weights
             "remat": "none",
+            "attention_block": 128,  # queries that attention takes together; 64 is a little faster on CPUs
             "scan_unroll": 1,  # layers compiled as one step of the scan; num_layers is fastest on CPUs
         }
     )

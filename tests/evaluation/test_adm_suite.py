@@ -14,7 +14,7 @@ from iar_jax.evaluation import adm_suite
 from iar_jax.evaluation.frechet import RunningStatistics, feature_statistics
 from iar_jax.evaluation.inception_score import inception_score
 from iar_jax.evaluation.kernel_distance import kernel_distance
-from iar_jax.interop import downloads
+from iar_jax.interop import downloads, lpips
 from iar_jax.models.inception import InceptionV3
 from iar_jax.runtime.errors import UserError
 from tests import random_inception
@@ -180,6 +180,19 @@ def test_weights_that_are_nowhere_are_asked_for_by_name(tmp_path, monkeypatch):
     right = wrong._replace(sha256=downloads.sha256_of(tmp_path / "other")[:8])
     assert downloads.find("", (right,), "Inception weights").read_bytes() == b"something else"
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_lpips_weights_are_asked_for_by_name_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("IAR_JAX_CACHE", str(tmp_path))
+    for name in ("VGG", "LPIPS"):
+        (file,) = getattr(downloads, name)
+        monkeypatch.setattr(downloads, name, (file._replace(address=f"file://{tmp_path}/nowhere"),))
+    assert not lpips.available("", "")
+    with pytest.raises(UserError, match="VGG-16 weights are neither here nor could be fetched"):
+        lpips.load_lpips("", "")
+    (tmp_path / "vgg16-397923af.pth").write_bytes(b"")
+    assert not lpips.available("", "")
+    assert lpips.available("", "given")
 
 
 def test_the_published_check_says_what_holds():

@@ -55,7 +55,6 @@ def test_a_folder_with_a_comma_keeps_its_name():
         ("training.schedule", "linear", "'linear'; allowed are 'constant', 'cosine'"),
         ("tokenizer.channel_multipliers", (), "allowed is a tuple of positive integers"),
         ("tokenizer.local_encoder", True, "local_encoder is set, which goes with one level"),
-        ("tokenizer_training.perceptual_weight", 1.0, "LPIPS needs the files"),
         ("model.scan_unroll", 13, "allowed are 1 to config.model.num_layers"),
         ("data.resolution", 33, "the tokenizer turns 16 x 16 pixels into a code"),
         ("data.resolution", 16, "a single code of the tokenizer; 32 at least"),
