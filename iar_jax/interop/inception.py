@@ -148,7 +148,7 @@ def from_graph(constants: Mapping[str, np.ndarray], source: str) -> Any:
 def parameters(convolution, dense: Float[np.ndarray, "2048 1008"]) -> Any:
     """The parameter tree, with `convolution` asked for each convolution by its name and the shape of its kernel."""
     return {
-        **{name: {"conv": convolution(name, shape)} for name, shape in kernel_shapes().items()},
+        **{name: convolution(name, shape) for name, shape in kernel_shapes().items()},
         "fc": {"kernel": np.ascontiguousarray(dense)},
     }
 
@@ -156,7 +156,7 @@ def parameters(convolution, dense: Float[np.ndarray, "2048 1008"]) -> Any:
 def kernel_shapes() -> dict[str, tuple[int, ...]]:
     """Shapes [height, width, channels in, channels out] of all kernels, by the names of the modules."""
     shapes = jax.eval_shape(InceptionV3().init, jax.random.key(0), jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), np.float32))
-    return {name: part["conv"]["kernel"].shape for name, part in shapes["params"].items() if "conv" in part}
+    return {name: part["kernel"].shape for name, part in shapes["params"].items() if name != "fc"}
 
 
 def folded(
