@@ -344,17 +344,19 @@ def all_images(source: ImageSource, title: str) -> tuple[np.ndarray, np.ndarray]
 def reconstruct(model, params, images: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Pictures after the tokenizer, uint8, and how often each code was used."""
 
-    @jax.jit
-    def apply(params, batch):
-        reconstructions, quantized = model.apply({"params": params}, batch)
-        return reconstructions, quantized.codes
-
     def pictures_and_codes(batch):
-        found, codes = apply(params, preprocessing.to_unit_range(batch))
+        found, codes = through_tokenizer(model, params, preprocessing.to_unit_range(batch))
         return preprocessing.to_uint8(found), codes
 
     reconstructions, codes = in_batches(pictures_and_codes, images, batch_size)
     return reconstructions, np.bincount(codes.ravel(), minlength=model.codebook_size)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def through_tokenizer(model, params, batch):
+    """A batch of images in [-1, 1] after the tokenizer, and its codes."""
+    reconstructions, quantized = model.apply({"params": params}, batch)
+    return reconstructions, quantized.codes
 
 
 def cards(content: dict[str, Any], tokenizer: dict[str, Any], usage: float) -> list[tuple[str, str]]:
