@@ -26,7 +26,10 @@ def call(*arguments, workdir):
         (["--config.model.dmi=3"], "config.model.dmi: no such field; did you mean 'dim'?"),
         (["--config.sampling.clusterweight=1"], "did you mean 'config.training.cluster_weight'?"),
         (["--config.model.dim=wide"], "config.model.dim is 'wide'; allowed is an integer, such as 768"),
-        (["--config.model=3"], "config.model is a section; set one of its fields: attention_block, class_dropout_rate, "),
+        (
+            ["--config.model=3"],
+            "config.model is a section; set one of its fields: attention_block, class_dropout_rate, ",
+        ),
         (["--config.model.remat=perhaps"], "config.model.remat is 'perhaps'; allowed are 'none', 'layer', 'dots'"),
         (["--config.codebook.cluster_size=100"], "config.codebook.cluster_size is 100, which does not divide"),
         (["--nonsense=3"], "nonsense"),
