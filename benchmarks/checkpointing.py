@@ -8,23 +8,18 @@ loop, and what the steps beside it take longer. It is set against the time betwe
 """
 
 import argparse
-import functools
 import statistics
 import tempfile
 import time
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from etils import epath
 
+from benchmarks.train_step import fresh_problem
 from configs.imagenet import get_config
-from iar_jax.models.build import build_transformer
-from iar_jax.runtime import sharding
 from iar_jax.runtime.checkpoint import Checkpoints, Retention
 from iar_jax.runtime.default_config import default_config
 from iar_jax.training import transformer_steps
-from iar_jax.training.optimizer import optimizer_of
 
 
 def main() -> None:
@@ -37,13 +32,7 @@ def main() -> None:
     config = get_config(f"{arguments.model},256")
     config.model.dtype = "float32"
     config.model.scan_unroll = config.model.num_layers
-    model = build_transformer(config.model, vocab_size=16384, num_classes=1000, grid_size=16)
-    optimizer = optimizer_of(config.training)
-    init = functools.partial(transformer_steps.init_train_state, model=model, optimizer=optimizer)
-    state = jax.jit(lambda key: sharding.unbox(init(key)))(jax.random.key(0))
-    rng = np.random.default_rng(0)
-    labels = jnp.asarray(rng.integers(0, 1000, arguments.batch), jnp.int32)
-    codes = jnp.asarray(rng.integers(0, 16384, (arguments.batch, 256)), jnp.int32)
+    model, optimizer, state, labels, codes = fresh_problem(config, arguments.batch)
     step_fn = jax.jit(
         transformer_steps.make_train_step(
             model, optimizer, cluster_size=128, cluster_weight=1.0, ema_decay=0.9999, key=jax.random.key(1)

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from ml_collections import ConfigDict
 
 from configs.imagenet import get_config
 from iar_jax.losses.fused_head import fused_head_loss
@@ -43,6 +44,18 @@ def seconds(function, *arguments, repeats: int, donates: bool = False) -> float:
         if donates:
             arguments = (result[0], *arguments[1:])
     return statistics.median(found)
+
+
+def fresh_problem(config: ConfigDict, batch_size: int) -> tuple:
+    """Model, optimizer, fresh state, and random labels and codes of a config at 256 px."""
+    model = build_transformer(config.model, vocab_size=16384, num_classes=1000, grid_size=16)
+    optimizer = optimizer_of(config.training)
+    init = functools.partial(transformer_steps.init_train_state, model=model, optimizer=optimizer)
+    state = jax.jit(lambda key: sharding.unbox(init(key)))(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    labels = jnp.asarray(rng.integers(0, 1000, batch_size), jnp.int32)
+    codes = jnp.asarray(rng.integers(0, 16384, (batch_size, model.num_tokens)), jnp.int32)
+    return model, optimizer, state, labels, codes
 
 
 def interleaved(step: Callable, state: Any, *batch: Any, repeats: int) -> tuple[list[float], list[float]]:
@@ -75,13 +88,8 @@ def main() -> None:
     config.model.dtype = arguments.dtype
     config.model.attention_block = arguments.attention_block
     config.model.scan_unroll = config.model.num_layers
-    model = build_transformer(config.model, vocab_size=16384, num_classes=1000, grid_size=16)
-    optimizer = optimizer_of(config.training)
-    init = functools.partial(transformer_steps.init_train_state, model=model, optimizer=optimizer)
-    state = jax.jit(lambda key: sharding.unbox(init(key)))(jax.random.key(0))
-    rng = np.random.default_rng(0)
-    labels = jnp.asarray(rng.integers(0, 1000, batch_size), jnp.int32)
-    codes = jnp.asarray(rng.integers(0, 16384, (batch_size, length)), jnp.int32)
+    model, optimizer, state, labels, codes = fresh_problem(config, batch_size)
+    rng = np.random.default_rng(1)
     step = jax.jit(
         transformer_steps.make_train_step(
             model,

@@ -207,16 +207,16 @@ def run_code_distance(config: ConfigDict, workdir: epath.Path) -> None:
             def of_pairs(pairs):
                 return np.ravel(lpips(*(preprocessing.to_unit_range(pairs[:, i]) for i in range(2))))
 
-            return float(np.mean(in_batches(of_pairs, np.stack([first, second], axis=1), batch_size)))
+            return float(np.mean(features.in_batches(of_pairs, np.stack([first, second], axis=1), batch_size)))
 
     with progress("replacing codes", count * num_decodings(model.codebook_size), "pictures") as shown:
 
         def decoded(codes):
-            found = in_batches(lambda part: preprocessing.to_uint8(decode(part)), codes, batch_size)
+            found = features.in_batches(lambda part: preprocessing.to_uint8(decode(part)), codes, batch_size)
             shown.update(count)
             return found
 
-        codes = in_batches(lambda part: encode(preprocessing.to_unit_range(part)), originals, batch_size)
+        codes = features.in_batches(lambda part: encode(preprocessing.to_unit_range(part)), originals, batch_size)
         reconstructions = decoded(codes)
         codebook = np.asarray(normalize(params["quantizer"]["codebook"]))
         rng = np.random.default_rng(config.seed)
@@ -246,16 +246,6 @@ def run_code_distance(config: ConfigDict, workdir: epath.Path) -> None:
     say(code_distance_report.verdict(visible, substitutions, own_error))
     say(f"pictures  {directory / 'pictures.png'} (from the top: {'; '.join(rows)})")
     say(f"report    {directory / 'report.html'}")
-
-
-def in_batches(function: Callable[[np.ndarray], Any], array: np.ndarray, batch_size: int) -> Any:
-    """Results of function for all entries, from batches of one shape: the last is filled up with copies of its last
-    entry, whose results are left out."""
-    found = []
-    for start in range(0, len(array), batch_size):
-        batch = array[start : start + batch_size]
-        found.append(function(np.concatenate([batch, np.repeat(batch[-1:], batch_size - len(batch), axis=0)])))
-    return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(array)], *found)
 
 
 def trained_classifier(
@@ -348,7 +338,7 @@ def reconstruct(model, params, images: np.ndarray, batch_size: int) -> tuple[np.
         found, codes = through_tokenizer(model, params, preprocessing.to_unit_range(batch))
         return preprocessing.to_uint8(found), codes
 
-    reconstructions, codes = in_batches(pictures_and_codes, images, batch_size)
+    reconstructions, codes = features.in_batches(pictures_and_codes, images, batch_size)
     return reconstructions, np.bincount(codes.ravel(), minlength=model.codebook_size)
 
 
@@ -633,11 +623,15 @@ def sweep_values(sweep: str, config: ConfigDict) -> tuple[str, list[float | int]
     return field, [kind(round(first + i * step, 9)) for i in range(count)]
 
 
+def name_of_samples(config: ConfigDict, workdir: epath.Path) -> str:
+    """Name of the samples that config.sampling asks for; raises UserError where their transformer is not there."""
+    directory = artifacts.input_directory(config, workdir, "transformer", "train")
+    return artifacts.samples_name(config, transformer_at(directory, config.sampling.step).figures["step"])
+
+
 def scores_of(config: ConfigDict, workdir: epath.Path) -> dict[str, float | None]:
     """The scores that an evaluation of config.sampling has left."""
-    directory = artifacts.input_directory(config, workdir, "transformer", "train")
-    transformer = transformer_at(directory, config.sampling.step)
-    name = artifacts.samples_name(config, transformer.figures["step"])
+    name = name_of_samples(config, workdir)
     if flags.FLAGS.reference:
         found = json.loads((workdir / "evaluation" / f"{name}-inception" / "scores.json").read_text())
         return found["scores"]
@@ -675,9 +669,7 @@ def run_chosen(config: ConfigDict | None, workdir: epath.Path | None) -> None:
     elif options["make-reference"].value:
         raise UserError("--make-reference=FILE.npz is made of --samples=FILE.npz")
     elif reference is not None:
-        directory = artifacts.input_directory(config, workdir, "transformer", "train")
-        transformer = transformer_at(directory, config.sampling.step)
-        name = artifacts.samples_name(config, transformer.figures["step"])
+        name = name_of_samples(config, workdir)
         artifacts.require(workdir / "samples" / name, "sample")
         run_files(workdir / "samples" / name / "samples.npz", workdir / "evaluation" / f"{name}-inception", reference)
     else:

@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from iar_jax.runtime.artifacts import write_bytes
-from iar_jax.runtime.errors import UserError
+from iar_jax.runtime.errors import UserError, brief
 
 
 class ArrayParts:
@@ -193,7 +193,7 @@ def refused(path: epath.Path, name: str) -> Iterator[None]:
     except KeyError as error:
         raise UserError(f"{path} has no array {name!r}") from error
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read as arrays ({' '.join(str(error).split())})") from error
+        raise UserError(f"{path} cannot be read as arrays ({brief(error)})") from error
 
 
 def read_array(path: epath.Path, name: str = "arr_0") -> np.ndarray:

@@ -1,6 +1,7 @@
 """Images to the features that distances between image sets are taken in."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -26,14 +27,19 @@ def classifier_features(
 ) -> ClassifierFeatures:
     """Features and predictions of uint8 images, batch by batch; the last batch is filled up, not compiled anew."""
     apply = jax.jit(lambda params, images: model.apply({"params": params}, images))
-    features, predictions = [], []
-    for start in range(0, len(images), batch_size):
-        batch = images[start : start + batch_size]
+    found, logits = in_batches(lambda batch: apply(params, to_unit_range(batch)), images, batch_size)
+    return ClassifierFeatures(found, logits.argmax(axis=-1))
+
+
+def in_batches(function: Callable[[np.ndarray], Any], array: np.ndarray, batch_size: int) -> Any:
+    """Results of function for all entries, from batches of one shape: the last is filled up with copies of its last
+    entry, whose results are left out."""
+    found = []
+    for start in range(0, len(array), batch_size):
+        batch = array[start : start + batch_size]
         filled = np.concatenate([batch, np.repeat(batch[-1:], batch_size - len(batch), axis=0)])
-        found, logits = apply(params, to_unit_range(filled))
-        features.append(np.asarray(found)[: len(batch)])
-        predictions.append(np.asarray(logits).argmax(axis=-1)[: len(batch)])
-    return ClassifierFeatures(np.concatenate(features), np.concatenate(predictions))
+        found.append(jax.device_get(function(filled)))
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(array)], *found)
 
 
 def inception_features(
@@ -52,14 +58,10 @@ def inception_features(
     mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
     batch_size = -(-batch_size // mesh.size) * mesh.size
     params = jax.device_put(params, sharding.replicated(mesh))
-    parts: dict[str, list[np.ndarray]] = {"pool": [], "spatial": [], "logits": []}
-    for start in range(0, len(images), batch_size):
-        batch = images[start : start + batch_size]
-        filled = np.concatenate([batch, np.repeat(batch[-1:], batch_size - len(batch), axis=0)])
-        found = inception_outputs(module, params, sharding.global_batch(mesh, filled))
-        for name, part in parts.items():
-            part.append(np.asarray(getattr(found, name))[: len(batch)])
-    return {name: np.concatenate(part) for name, part in parts.items()}
+    found = in_batches(
+        lambda batch: inception_outputs(module, params, sharding.global_batch(mesh, batch)), images, batch_size
+    )
+    return found._asdict()
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -15,12 +15,13 @@ import numpy as np
 from jaxtyping import Float
 
 from iar_jax.interop import graph_def
-from iar_jax.interop.torch_files import read_torch_file
+from iar_jax.interop.torch_files import named_tensor, read_torch_file
 from iar_jax.models.inception import SIZE, InceptionV3
 from iar_jax.runtime.errors import UserError
 
 BATCH_NORM_EPSILON = 1e-3
 CLASSES = 1008
+AS_INCEPTION = ", read as the Inception network of 2015-12-05"
 
 # Blocks of the graph, and what their convolutions are called in the PyTorch ports.
 STEM = {
@@ -101,14 +102,14 @@ def load(path_or_state_dict: str | Path | Mapping[str, np.ndarray]) -> tuple[Inc
         UserError: no such file, a tensor is missing, or one has another shape.
     """
     if isinstance(path_or_state_dict, Mapping):
-        return InceptionV3(), from_state_dict(path_or_state_dict, "the given state dict")
+        return InceptionV3(), from_state_dict(path_or_state_dict, f"the given state dict{AS_INCEPTION}")
     path = Path(path_or_state_dict)
     if path.suffix == ".pb":
-        return InceptionV3(), from_graph(graph_def.read_constants(path), str(path))
+        return InceptionV3(), from_graph(graph_def.read_constants(path), f"{path}{AS_INCEPTION}")
     weights = read_torch_file(path)
     if not isinstance(weights, Mapping):
         raise UserError(f"{path} holds no tensors by name")
-    return InceptionV3(), from_state_dict(weights, str(path))
+    return InceptionV3(), from_state_dict(weights, f"{path}{AS_INCEPTION}")
 
 
 def from_state_dict(weights: Mapping[str, np.ndarray], source: str) -> Any:
@@ -116,14 +117,14 @@ def from_state_dict(weights: Mapping[str, np.ndarray], source: str) -> Any:
 
     def convolution(name: str, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
         height, width, channels_in, channels = shape
-        kernel = tensor(weights, f"{name}.conv.weight", (channels, channels_in, height, width), source)
+        kernel = named_tensor(weights, f"{name}.conv.weight", (channels, channels_in, height, width), source)
         norm = [
-            tensor(weights, f"{name}.bn.{part}", (channels,), source)
+            named_tensor(weights, f"{name}.bn.{part}", (channels,), source)
             for part in ("weight", "bias", "running_mean", "running_var")
         ]
         return folded(kernel.transpose(2, 3, 1, 0), *norm)
 
-    dense = tensor(weights, "fc.weight", (CLASSES, 2048), source)
+    dense = named_tensor(weights, "fc.weight", (CLASSES, 2048), source)
     return parameters(convolution, dense.T)
 
 
@@ -135,14 +136,14 @@ def from_graph(constants: Mapping[str, np.ndarray], source: str) -> Any:
 
     def convolution(name: str, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
         place = places[name]
-        kernel = tensor(constants, f"{place}/conv2d_params", shape, source)
+        kernel = named_tensor(constants, f"{place}/conv2d_params", shape, source)
         norm = [
-            tensor(constants, f"{place}/batchnorm/{part}", shape[-1:], source)
+            named_tensor(constants, f"{place}/batchnorm/{part}", shape[-1:], source)
             for part in ("gamma", "beta", "moving_mean", "moving_variance")
         ]
         return folded(kernel, *norm)
 
-    return parameters(convolution, tensor(constants, "softmax/weights", (2048, CLASSES), source))
+    return parameters(convolution, named_tensor(constants, "softmax/weights", (2048, CLASSES), source))
 
 
 def parameters(convolution, dense: Float[np.ndarray, "2048 1008"]) -> Any:
@@ -172,11 +173,3 @@ def folded(
         "kernel": np.ascontiguousarray(kernel * scale, np.float32),
         "bias": (beta - mean * scale).astype(np.float32),
     }
-
-
-def tensor(weights: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...], source: str) -> np.ndarray:
-    if name not in weights:
-        raise UserError(f"{source}: the tensor {name} is missing; this is not the Inception network of 2015-12-05")
-    if weights[name].shape != shape:
-        raise UserError(f"{source}: {name} has shape {weights[name].shape}; it should be {shape}")
-    return weights[name].astype(np.float32)

@@ -3,13 +3,11 @@
 from collections.abc import Callable
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from iar_jax.interop import downloads
-from iar_jax.interop.torch_files import read_torch_file
+from iar_jax.interop.torch_files import named_tensor, read_torch_file
 from iar_jax.models.lpips import STAGES, Lpips
-from iar_jax.runtime.errors import UserError
 
 
 def load_lpips(
@@ -32,12 +30,12 @@ def load_lpips(
     index, channels_in = 0, 3
     for i, (channels, num_convs) in enumerate(STAGES):
         for j in range(num_convs):
-            kernel = _tensor(vgg, f"features.{index}.weight", (channels, channels_in, 3, 3), vgg_path)
-            bias = _tensor(vgg, f"features.{index}.bias", (channels,), vgg_path)
+            kernel = named_tensor(vgg, f"features.{index}.weight", (channels, channels_in, 3, 3), vgg_path)
+            bias = named_tensor(vgg, f"features.{index}.bias", (channels,), vgg_path)
             params[f"stage{i}_conv{j}"] = {"kernel": kernel.transpose(2, 3, 1, 0), "bias": bias}
             index, channels_in = index + 2, channels  # a ReLU follows each convolution
         index += 1  # and a pooling each stage
-        weight = _tensor(linear, f"lin{i}.model.1.weight", (1, channels, 1, 1), lpips_path)
+        weight = named_tensor(linear, f"lin{i}.model.1.weight", (1, channels, 1, 1), lpips_path)
         params[f"linear{i}"] = weight.reshape(channels)
     params = {"params": _to_jax(params)}
     return lambda first, second: Lpips().apply(params, first, second)
@@ -46,14 +44,6 @@ def load_lpips(
 def available(vgg_path: str, lpips_path: str) -> bool:
     """Whether LPIPS can be had without fetching anything."""
     return bool((vgg_path or downloads.here(downloads.VGG)) and (lpips_path or downloads.here(downloads.LPIPS)))
-
-
-def _tensor(weights: dict, name: str, shape: tuple[int, ...], path: str) -> np.ndarray:
-    if not isinstance(weights, dict) or name not in weights:
-        raise UserError(f"{path}: the tensor {name} is missing")
-    if weights[name].shape != shape:
-        raise UserError(f"{path}: {name} has shape {weights[name].shape}; it should be {shape}")
-    return weights[name].astype(np.float32)
 
 
 def _to_jax(tree):

@@ -9,6 +9,7 @@ import io
 import math
 import pickle
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,15 @@ def read_torch_file(path: str | Path) -> Any:
         raise
     except Exception as error:  # whatever a damaged file makes zipfile, pickle, numpy or safetensors raise
         raise UserError(f"{path} is no readable PyTorch or safetensors file: {error}") from error
+
+
+def named_tensor(weights: Any, name: str, shape: tuple[int, ...], source: str) -> np.ndarray:
+    """A tensor of what a file holds, float32; raises UserError where it is missing or has another shape."""
+    if not isinstance(weights, Mapping) or name not in weights:
+        raise UserError(f"{source}: the tensor {name} is missing")
+    if weights[name].shape != shape:
+        raise UserError(f"{source}: {name} has shape {weights[name].shape}; it should be {shape}")
+    return weights[name].astype(np.float32)
 
 
 class _StorageType:
