@@ -14,7 +14,7 @@ from grain.sources import ArrayRecordDataSource
 from jaxtyping import Int
 
 from iar_jax.codebook.permutation import Permutation, load_permutation
-from iar_jax.runtime.artifacts import Metadata, fingerprint_arrays, require
+from iar_jax.runtime.artifacts import Metadata, fingerprint_arrays, read_metadata, require
 from iar_jax.runtime.errors import UserError, brief
 
 MAKE_AGAIN = "delete that directory and run python -m iar_jax.extract_codes again"
@@ -76,6 +76,18 @@ def fingerprint_records(paths: list[epath.Path]) -> str:
     for i in range(len(source)):
         digest.update(hashlib.sha256(source[i]).digest())
     return digest.hexdigest()
+
+
+def code_usage(directory: epath.Path, codebook_size: int) -> np.ndarray | None:
+    """How often each code is used in a finished split of records, int [N]; None where there is none."""
+    metadata = read_metadata(directory)
+    if metadata is None or not metadata.finished:
+        return None
+    counts = np.zeros(codebook_size, np.int64)
+    source = ArrayRecordDataSource([str(path) for path in sorted(directory.glob("codes-*.array_record"))])
+    for i in range(len(source)):
+        counts += np.bincount(unpack(source[i]).codes.ravel(), minlength=codebook_size)
+    return counts
 
 
 def permutation_fingerprint(permutation: Permutation) -> str:

@@ -1,4 +1,4 @@
-"""FID, sFID, Inception score, precision, recall and KID of files of images, by the protocol of the ADM suite.
+"""FID, sFID, Inception score, precision, recall and KID of sets of images, by the protocol of the ADM suite.
 
 The protocol (openai/guided-diffusion, evaluations/evaluator.py): InceptionV3 of 2015-12-05 on images resized as
 TensorFlow 1 did; statistics of pool_3 and of the first 7 channels of mixed_6/conv; the Inception score in splits of
@@ -14,12 +14,14 @@ import numpy as np
 from etils import epath
 
 from iar_jax.data.array_parts import ArrayParts, RowReader, array_names, read_array, write_npz
+from iar_jax.data.rows import Rows
 from iar_jax.evaluation.features import inception_features
 from iar_jax.evaluation.frechet import FeatureStatistics, RunningStatistics, frechet_distance
 from iar_jax.evaluation.inception_score import inception_score
 from iar_jax.evaluation.kernel_distance import kernel_distance
 from iar_jax.evaluation.precision_recall import precision_recall
 from iar_jax.models.inception import InceptionV3
+from iar_jax.runtime.artifacts import sha256_of
 from iar_jax.runtime.errors import UserError
 from iar_jax.runtime.interruption import catch_stop_signals
 from iar_jax.runtime.progress import progress
@@ -49,11 +51,31 @@ class Network(NamedTuple):
 
     module: InceptionV3
     params: Any
+    name: str
     sha256: str
 
 
+class ImageSet(NamedTuple):
+    """Images to score, or to make a reference of, and what is known of them.
+
+    Attributes:
+        rows: the images.
+        name, sha256: for people, and so that features of others are not taken for theirs.
+        kind: "samples" of a model, "reconstructions" of a tokenizer, or "real" images.
+        labels: int [N] in the order of the images, where known.
+        lossy: some were stored as JPEG.
+    """
+
+    rows: Rows
+    name: str
+    sha256: str
+    kind: str = "samples"
+    labels: np.ndarray | None = None
+    lossy: bool = False
+
+
 class Features(NamedTuple):
-    """Features of one file of images: statistics of all, and what must be kept whole."""
+    """Features of a set of images: statistics of all, and what must be kept whole."""
 
     num_images: int
     pool_statistics: FeatureStatistics
@@ -81,28 +103,24 @@ def open_images(path: epath.Path) -> RowReader:
     return reader
 
 
-def features_of(
-    path: epath.Path, fingerprint: str, network: Network, directory: epath.Path, batch_size: int
-) -> Features:
-    """Features of a file of images. They are kept in `directory` part by part, so that a killed run goes on.
+def features_of(images: ImageSet, network: Network, directory: epath.Path, batch_size: int) -> Features:
+    """Features of a set of images. They are kept in `directory` part by part, so that a killed run goes on; `forget`
+    deletes them.
 
     Raises:
-        UserError: no file of images.
         Interrupted: a signal asked for a stop.
     """
-    reader = open_images(path)
-    count = reader.shape[0]
-    key = hashlib.sha256(f"{fingerprint} {network.sha256} {network.module.dtype}".encode()).hexdigest()[:16]
-    parts = {name: ArrayParts(directory / key / name) for name in DIMENSIONS}
+    count = images.rows.shape[0]
+    parts = {name: ArrayParts(kept_features(images, network, directory) / name) for name in DIMENSIONS}
     first = min(part.done for part in parts.values())
-    with catch_stop_signals() as stop, progress(f"features of {path.name}", count, "images", first=first) as shown:
-        for images in reader.batches(PART, first):
-            found = inception_features(network.module, network.params, images, batch_size)
+    with catch_stop_signals() as stop, progress(f"features of {images.name}", count, "images", first=first) as shown:
+        for batch in images.rows.batches(PART, first):
+            found = inception_features(network.module, network.params, batch, batch_size)
             for name, part in parts.items():
                 if part.done == first:  # not kept yet when the run before was killed
                     part.append(found[name])
-            first += len(images)
-            shown.update(len(images))
+            first += len(batch)
+            shown.update(len(batch))
             stop.obey(f"evaluate stopped after image {first} of {count}, whose features are kept")
     statistics = {}
     for name in (POOL, SPATIAL):
@@ -114,16 +132,51 @@ def features_of(
     return Features(count, statistics[POOL], statistics[SPATIAL], pool, logits)
 
 
-def load_reference(
-    path: epath.Path, fingerprint: str, network: Network, directory: epath.Path, batch_size: int
+def kept_features(images: ImageSet, network: Network, directory: epath.Path) -> epath.Path:
+    """Where the features of a set by a network are kept."""
+    key = hashlib.sha256(f"{images.sha256} {network.sha256} {network.module.dtype}".encode()).hexdigest()[:16]
+    return directory / key
+
+
+def forget(images: ImageSet, network: Network, directory: epath.Path) -> None:
+    """Deletes the kept features of a set: 20 KB an image."""
+    kept = kept_features(images, network, directory)
+    if kept.exists():
+        kept.rmtree()
+
+
+def reference_of(
+    images: ImageSet, split: str | None, network: Network, directory: epath.Path, batch_size: int
 ) -> Reference:
+    """A set of images as what others are compared with: statistics and manifold of all of them."""
+    found = features_of(images, network, directory, batch_size)
+    about = {
+        "name": images.name,
+        "sha256": images.sha256,
+        "split": split,
+        "images": found.num_images,
+        "statistics_of": found.num_images,
+        "resolution": list(images.rows.shape[1:3]),
+        "lossy": images.lossy,
+    }
+    return Reference(about, found.pool_statistics, found.spatial_statistics, found.pool)
+
+
+def load_reference(path: epath.Path, network: Network, directory: epath.Path, batch_size: int) -> Reference:
     """A reference file: statistics, images, or both; statistics that it does not have are made from its images.
 
     Raises:
-        UserError: it has neither.
+        UserError: it has neither, or was made with other weights.
     """
-    names = array_names(path)
-    about: dict[str, Any] = {"name": path.name, "sha256": fingerprint, "images": None, "statistics_of": None}
+    names, statistics = array_names(path), {"mu", "sigma", "mu_s", "sigma_s"}
+    sha256 = sha256_of(path)
+    about: dict[str, Any] = {
+        "name": path.name,
+        "sha256": sha256,
+        "split": "train" if path.name.startswith("VIRTUAL_") else None,
+        "images": None,
+        "statistics_of": None,
+    }
     if "about" in names:
         about |= json.loads(str(read_array(path, "about")))
         weights = about.get("weights_sha256")
@@ -132,26 +185,28 @@ def load_reference(
                 f"{path} was made with the weights {weights[:12]}, and these are {network.sha256[:12]}: distances "
                 "between the two mean nothing"
             )
-    found = None
+    pool = None
     if "arr_0" in names:
-        found = features_of(path, fingerprint, network, directory, batch_size)
-        height, width = open_images(path).shape[1:3]
-        about |= {"images": found.num_images, "resolution": [height, width]}
-    if {"mu", "sigma", "mu_s", "sigma_s"} <= names:
-        pool, spatial = (
-            FeatureStatistics(*(np.asarray(read_array(path, name), np.float64) for name in pair))
-            for pair in (("mu", "sigma"), ("mu_s", "sigma_s"))
-        )
-        if pool.mean.shape != (2048,) or spatial.mean.shape != (2023,):
-            raise UserError(
-                f"{path}: mu and mu_s have {pool.mean.size} and {spatial.mean.size} entries, not 2048, 2023"
-            )
-    elif found is not None:
-        pool, spatial = found.pool_statistics, found.spatial_statistics
-        about["statistics_of"] = found.num_images
-    else:
+        images = ImageSet(open_images(path), path.name, sha256)
+        if POOL in names:
+            pool = read_array(path, POOL)
+            about |= {"images": len(pool), "resolution": list(images.rows.shape[1:3])}
+        else:
+            found = reference_of(images, about["split"], network, directory, batch_size)
+            if not statistics <= names:
+                return found
+            pool = found.pool
+            about |= {name: found.about[name] for name in ("images", "resolution")}
+    if not statistics <= names:
         raise UserError(f"{path} has {sorted(names)}; a reference has mu, sigma, mu_s and sigma_s, or images in arr_0")
-    return Reference(about, pool, spatial, found.pool if found is not None else None)
+    pool_statistics, spatial_statistics = (
+        FeatureStatistics(*(np.asarray(read_array(path, name), np.float64) for name in pair))
+        for pair in (("mu", "sigma"), ("mu_s", "sigma_s"))
+    )
+    sizes = pool_statistics.mean.shape, spatial_statistics.mean.shape
+    if sizes != ((2048,), (2023,)):
+        raise UserError(f"{path}: mu and mu_s have the shapes {sizes[0]} and {sizes[1]}, not (2048,) and (2023,)")
+    return Reference(about, pool_statistics, spatial_statistics, pool)
 
 
 def score(samples: Features, reference: Reference) -> dict[str, float | None]:
@@ -171,31 +226,51 @@ def score(samples: Features, reference: Reference) -> dict[str, float | None]:
     return scores
 
 
-def deviations(
-    samples_shape: tuple[int, ...], samples: Features, reference: Reference, labels: np.ndarray | None
-) -> list[str]:
-    """What keeps the figures from being compared with published ones, for printing beside them."""
+def deviations(images: ImageSet, about: dict[str, Any]) -> list[str]:
+    """What keeps the figures of a set against a reference from being compared with published ones, for printing beside
+    them.
+
+    Args:
+        about: of the reference.
+    """
     found = []
-    if samples.num_images != NUM_SAMPLES:
-        found.append(f"{samples.num_images:,} samples instead of {NUM_SAMPLES:,}: FID falls with their number")
-    if samples.num_images <= DIMENSIONS[POOL]:
+    count = images.rows.shape[0]
+    if count != NUM_SAMPLES:
+        found.append(f"{count:,} {images.kind} instead of {NUM_SAMPLES:,}: FID falls with their number")
+    if count <= DIMENSIONS[POOL]:
         found.append(
-            f"no more samples than feature dimensions ({DIMENSIONS[POOL]:,}): their covariance is singular, and FID "
-            "far too high (its bias falls as 1 / samples); KID has none"
+            f"no more images than feature dimensions ({DIMENSIONS[POOL]:,}): their covariance is singular, and FID "
+            "far too high (its bias falls as 1 / images); KID has none"
         )
-    about = reference.about
+    if images.kind == "samples" and about["split"] == "val":
+        found.append("gFID against a val split: published ones are against the training set")
+    if images.kind == "reconstructions" and about["split"] == "train":
+        found.append(
+            "rFID against the training set: published ones are against the val images (the same tokenizer has 2.70 "
+            "against VIRTUAL_imagenet256_labeled.npz and 0.92 against val)"
+        )
+    if about["split"] is None:
+        found.append("which split the reference is of is not known (--make-reference with --split says it)")
     if about["statistics_of"] is not None:
-        found.append(f"the reference's statistics are of {about['statistics_of']:,} images, not of a training set")
+        found.append(
+            f"the reference's statistics are of {about['statistics_of']:,} images of {about['name']}, not those that "
+            "published figures are against"
+        )
     if about["images"] is None:
         found.append("the reference has no images: no precision, recall and KID")
     elif about["images"] != NUM_REFERENCE_IMAGES:
         found.append(
             f"{about['images']:,} reference images for precision and recall instead of {NUM_REFERENCE_IMAGES:,}"
         )
-    if about.get("resolution") and list(samples_shape[1:3]) != about["resolution"]:
-        found.append(f"samples of {list(samples_shape[1:3])} pixels against a reference of {about['resolution']}")
+    if about.get("resolution") and list(images.rows.shape[1:3]) != about["resolution"]:
+        found.append(f"images of {list(images.rows.shape[1:3])} pixels against a reference of {about['resolution']}")
+    labels = images.labels
     if labels is not None and len(labels) > 1 and (np.diff(labels) >= 0).all() and labels[0] != labels[-1]:
-        found.append("samples are sorted by class: the Inception score of consecutive splits is far too low")
+        found.append("images are sorted by class: the Inception score of consecutive splits is far too low")
+    if images.lossy:
+        found.append("images were stored as JPEG, whose losses are part of every figure; PNG and .npz have none")
+    if about.get("lossy"):
+        found.append("the reference was made of images stored as JPEG")
     return found
 
 
@@ -210,36 +285,29 @@ def label_protocol(labels: np.ndarray | None) -> str:
 
 
 def make_reference(
-    path: epath.Path,
-    images: epath.Path,
-    network: Network,
-    directory: epath.Path,
-    about: dict[str, Any],
-    batch_size: int,
+    path: epath.Path, images: ImageSet, split: str | None, network: Network, directory: epath.Path, batch_size: int
 ) -> dict[str, Any]:
-    """Writes a reference file of a file of images: statistics of all, 10,000 of the images at even distances, and what
-    it was made from; returns the last."""
-    found = features_of(images, about["sha256"], network, directory, batch_size)
-    shape = open_images(images).shape
-    chosen = np.linspace(0, found.num_images - 1, min(NUM_REFERENCE_IMAGES, found.num_images)).round().astype(int)
+    """Writes a reference file of a set of images: statistics of all, 10,000 of the images at even distances with their
+    features, and what it was made from; returns the last."""
+    found = reference_of(images, split, network, directory, batch_size)
+    count = images.rows.shape[0]
+    chosen = np.linspace(0, count - 1, min(NUM_REFERENCE_IMAGES, count)).round().astype(int)
     kept, start = [], 0
-    for rows in RowReader(images).batches(PART):
+    for rows in images.rows.batches(PART):
         kept.append(rows[chosen[(chosen >= start) & (chosen < start + len(rows))] - start])
         start += len(rows)
-    about = about | {
-        "statistics_of": found.num_images,
-        "resolution": list(shape[1:3]),
-        "weights_sha256": network.sha256,
-    }
+    about = found.about | {"images": len(chosen), "weights_sha256": network.sha256}
     arrays = {
         "arr_0": np.concatenate(kept),
         "mu": found.pool_statistics.mean,
         "sigma": found.pool_statistics.covariance,
         "mu_s": found.spatial_statistics.mean,
         "sigma_s": found.spatial_statistics.covariance,
+        POOL: np.asarray(found.pool)[chosen],
         "about": np.array(json.dumps(about)),
     }
     write_npz(path, arrays)
+    forget(images, network, directory)
     return about
 
 

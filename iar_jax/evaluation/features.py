@@ -26,9 +26,16 @@ def classifier_features(
     model: Classifier, params: Any, images: UInt8[np.ndarray, "N R R 3"], batch_size: int
 ) -> ClassifierFeatures:
     """Features and predictions of uint8 images, batch by batch; the last batch is filled up, not compiled anew."""
-    apply = jax.jit(lambda params, images: model.apply({"params": params}, images))
-    found, logits = in_batches(lambda batch: apply(params, to_unit_range(batch)), images, batch_size)
+    found, logits = in_batches(
+        lambda batch: classifier_outputs(model, params, to_unit_range(batch)), images, batch_size
+    )
     return ClassifierFeatures(found, logits.argmax(axis=-1))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def classifier_outputs(model: Classifier, params: Any, images: Any):
+    """Features and logits of a batch of images in [-1, 1]."""
+    return model.apply({"params": params}, images)
 
 
 def in_batches(function: Callable[[np.ndarray], Any], array: np.ndarray, batch_size: int) -> Any:

@@ -101,8 +101,3 @@ def fetch(files: tuple[PublicFile, ...], what: str) -> Path:
         + "\n  ".join(reasons)
         + f"\nPut one of {', '.join(file.name for file in files)} into {cache_directory()}, or give its path"
     )
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from iar_jax.runtime import distributed
+from iar_jax.runtime.default_config import default_config
 from iar_jax.runtime.errors import UserError
 from iar_jax.runtime.progress import say
 
@@ -222,7 +224,13 @@ def check_config(directory: epath.Path, found: Metadata, config: dict[str, Any])
             )
         return f"{section}.{name}" not in IMMATERIAL_FIELDS
 
-    differences = list(_differences(found.config, as_stored, "config"))
+    # A field that came with a later version was at its default before.
+    defaults = {d.field: d.new for d in _differences({}, json.loads(default_config().to_json()), "config")}
+    differences = [
+        difference
+        for difference in _differences(found.config, as_stored, "config")
+        if difference.old is not None or defaults.get(difference.field) != difference.new
+    ]
     material = [str(difference) for difference in differences if matters(difference)]
     if material:
         raise UserError(
@@ -241,7 +249,8 @@ def _restricted(config: Any, known: Any) -> Any:
 
 
 def _differences(old: Any, new: Any, field: str) -> Iterator[Difference]:
-    if isinstance(old, dict) and isinstance(new, dict):
+    if isinstance(new, dict) and isinstance(old, dict | None):
+        old = old or {}
         for key in sorted(old.keys() | new.keys()):
             yield from _differences(old.get(key), new.get(key), f"{field}.{key}")
     elif old != new:
@@ -268,6 +277,12 @@ def fingerprint_arrays(tree: Any) -> str:
         digest.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}\n".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
+
+
+def sha256_of(path: os.PathLike) -> str:
+    """SHA-256 of a file."""
+    with epath.Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_bytes(path: epath.Path, content: bytes) -> None:

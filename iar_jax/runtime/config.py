@@ -24,7 +24,7 @@ CHOICES = {
     "training.keep_best": ("", "token_loss", "cluster_loss", "-token_accuracy", "-cluster_accuracy"),
     "training.schedule": ("constant", "cosine"),
     "sampling.labels": ("balanced", "uniform"),
-    "evaluation.features": ("classifier",),
+    "evaluation.features": ("classifier", "inception"),
 }
 
 # Integer fields that may be zero; all others are 1 or more. The mesh has a check of its own.

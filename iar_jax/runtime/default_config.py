@@ -172,7 +172,11 @@ def default_config() -> ConfigDict:
 
     config.evaluation = ConfigDict(
         {
+            # classifier: a small network trained on this data set, whose figures compare runs on it; inception: the
+            # ADM suite's network and figures
             "features": "classifier",
+            "inception_weights": "",  # "" takes the file in the cache directory, or fetches it
+            "reference": "",  # for inception, such as VIRTUAL_imagenet256_labeled.npz; "" is made of the train split
             "batch_size": 250,
             "neighbours": 3,  # k of precision and recall
             "code_distance_images": 64,  # of the val split, for --what=code_distance

@@ -13,7 +13,9 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
+from tests import random_inception
 from tests.stages import (
     ROOT,
     TINY,
@@ -347,7 +349,8 @@ def test_one_extraction_serves_another_run(finished, tmp_path):
     assert json.loads((tmp_path / "second" / "train" / "metadata.json").read_text())["finished"]
 
 
-def test_a_folder_of_pictures_of_all_kinds_goes_through_the_pipeline_on_a_mesh(tmp_path):
+def test_a_folder_of_pictures_of_all_kinds_goes_through_the_pipeline_on_a_mesh(tmp_path, golden):
+    save_file(random_inception.state_dict(golden("inception_shapes.json")), tmp_path / "inception.safetensors")
     rng = np.random.default_rng(0)
     for name, mode in (("red", "RGB"), ("grey", "L"), ("clear", "RGBA")):
         (tmp_path / "images" / name).mkdir(parents=True)
@@ -372,7 +375,8 @@ def test_a_folder_of_pictures_of_all_kinds_goes_through_the_pipeline_on_a_mesh(t
         "--config.tokenizer_training.discriminator_layers=2",
         "--config.training.num_steps=12",
         "--config.training.batch_size=16",
-        "--config.evaluation.classifier_batch_size=16",
+        "--config.evaluation.features=inception",
+        f"--config.evaluation.inception_weights={tmp_path / 'inception.safetensors'}",
         "--config.tokenizer_training.entropy_weight=0.01",
         "--config.sampling.num_images=6",
         "--config.sampling.batch_size=8",
@@ -384,4 +388,11 @@ def test_a_folder_of_pictures_of_all_kinds_goes_through_the_pipeline_on_a_mesh(t
     )
     assert "left out, not readable" in done.stdout
     assert "broken.jpg" in done.stdout
-    assert "report" in done.stdout
+    assert "6 samples instead of 50,000" in done.stdout
+    (scores,) = (tmp_path / "run" / "evaluation").glob("*.json")
+    found = json.loads(scores.read_text())
+    assert found["reference"]["split"] == "train"
+    assert found["reference"]["statistics_of"] == 33
+    assert set(found["scores"]) == {"real val images (the floor)", "reconstructions of them", "samples"}
+    for figures in found["scores"].values():
+        assert all(np.isfinite(figures[name]) for name in ("fid", "sfid", "inception_score", "kid"))

@@ -8,14 +8,17 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from PIL import Image
 from safetensors.numpy import save_file
 
+from iar_jax.evaluate.files import open_set
 from iar_jax.evaluation import adm_suite
 from iar_jax.evaluation.frechet import RunningStatistics, feature_statistics
 from iar_jax.evaluation.inception_score import inception_score
 from iar_jax.evaluation.kernel_distance import kernel_distance
 from iar_jax.interop import downloads, lpips
 from iar_jax.models.inception import InceptionV3
+from iar_jax.runtime.artifacts import sha256_of
 from iar_jax.runtime.errors import UserError
 from tests import random_inception
 from tests.stages import ROOT, environment
@@ -128,44 +131,95 @@ def fake_network(monkeypatch, stop_after=None):
 
     monkeypatch.setattr(adm_suite, "PART", 4)
     monkeypatch.setattr(adm_suite, "inception_features", features)
-    return adm_suite.Network(InceptionV3(), {}, "weights"), asked
+    return adm_suite.Network(InceptionV3(), {}, "file", "weights"), asked
+
+
+def image_set(path, sha256="sha", **facts):
+    return adm_suite.ImageSet(adm_suite.open_images(path), path.name, sha256, **facts)
 
 
 def test_a_killed_evaluation_goes_on_where_it_was(files, tmp_path, monkeypatch):
     path, directory = epath.Path(files) / "samples.npz", epath.Path(tmp_path) / "kept"
     network, asked = fake_network(monkeypatch, stop_after=2)
     with pytest.raises(KeyboardInterrupt):
-        adm_suite.features_of(path, "sha", network, directory, 8)
+        adm_suite.features_of(image_set(path), network, directory, 8)
     # Killed between the parts of one step, too.
     next(iter(directory.glob("*/logits/from-00000004.npy"))).unlink()
     network, asked = fake_network(monkeypatch)
-    found = adm_suite.features_of(path, "sha", network, directory, 8)
+    found = adm_suite.features_of(image_set(path), network, directory, 8)
     assert asked == [4, 4]
-    whole = adm_suite.features_of(path, "sha", network, epath.Path(tmp_path) / "whole", 8)
+    whole = adm_suite.features_of(image_set(path), network, epath.Path(tmp_path) / "whole", 8)
     jax.tree.map(np.testing.assert_array_equal, found, whole)
     # Another file, or other weights: nothing is taken from there.
-    adm_suite.features_of(path, "another", network, directory, 8)
+    adm_suite.features_of(image_set(path, "another"), network, directory, 8)
     assert asked == [4, 4, 4, 4, 4, 4, 4, 4]
+    adm_suite.forget(image_set(path), network, directory)
+    assert len(list(directory.iterdir())) == 1
 
 
 def test_a_set_against_itself_and_images_in_place_of_statistics(files, tmp_path, monkeypatch):
-    network, _ = fake_network(monkeypatch)
+    network, asked = fake_network(monkeypatch)
     samples, other = (epath.Path(files) / f"{name}.npz" for name in ("samples", "other"))
     kept = epath.Path(tmp_path) / "kept"
-    reference = adm_suite.load_reference(other, "other", network, kept, 8)
+    reference = adm_suite.load_reference(other, network, kept, 8)
     made = epath.Path(tmp_path) / "reference.npz"
-    adm_suite.make_reference(made, other, network, kept, {"name": "other.npz", "sha256": "other"}, 8)
-    of_statistics = adm_suite.load_reference(made, "made", network, kept, 8)
+    adm_suite.make_reference(made, image_set(other), "val", network, kept, 8)
+    before = len(asked)
+    of_statistics = adm_suite.load_reference(made, network, kept, 8)
+    assert len(asked) == before  # the features of its images are in it
     assert reference.about["statistics_of"] == of_statistics.about["statistics_of"] == 10
-    found = adm_suite.features_of(samples, "samples", network, kept, 8)
+    assert of_statistics.about["split"] == "val"
+    found = adm_suite.features_of(image_set(samples), network, kept, 8)
     expected = adm_suite.score(found, reference)
     for name, value in adm_suite.score(found, of_statistics).items():
         np.testing.assert_allclose(value, expected[name], rtol=1e-6, err_msg=name)
-    itself = adm_suite.score(adm_suite.features_of(other, "other", network, kept, 8), reference)
+    itself = adm_suite.score(adm_suite.features_of(image_set(other, "other"), network, kept, 8), reference)
     assert abs(itself["fid"]) < 1e-6 * expected["fid"]
     assert (itself["precision"], itself["recall"]) == (1.0, 1.0)
     with pytest.raises(UserError, match="distances between the two mean nothing"):
-        adm_suite.load_reference(made, "made", network._replace(sha256="others"), kept, 8)
+        adm_suite.load_reference(made, network._replace(sha256="others"), kept, 8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "split", "said"),
+    [
+        ("samples", "train", None),
+        ("samples", "val", "gFID against a val split"),
+        ("reconstructions", "train", "rFID against the training set"),
+        ("reconstructions", "val", None),
+        ("samples", None, "which split the reference is of is not known"),
+    ],
+)
+def test_what_is_compared_with_which_split_is_said(files, kind, split, said):
+    about = {"name": "r", "split": split, "statistics_of": None, "images": 10_000}
+    found = adm_suite.deviations(image_set(epath.Path(files) / "samples.npz", kind=kind), about)
+    about_split = [line for line in found if "split" in line or "training set" in line]
+    assert len(about_split) == (said is not None)
+    assert said is None or about_split[0].startswith(said)
+    assert any(
+        "JPEG" in line for line in adm_suite.deviations(image_set(epath.Path(files) / "samples.npz", lossy=True), about)
+    )
+
+
+def test_a_folder_of_pictures_is_a_set(files, tmp_path):
+    images = np.load(files / "samples.npz")["arr_0"]
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / f"{i:03d}.png")
+    found = open_set(epath.Path(tmp_path), "samples")
+    assert found.rows.shape == images.shape
+    np.testing.assert_array_equal(np.concatenate(list(found.rows.batches(5))), images)
+    np.testing.assert_array_equal(np.concatenate(list(found.rows.batches(5, first=7))), images[7:])
+    assert not found.lossy
+    Image.fromarray(images[0]).save(tmp_path / "012.jpg")
+    again = open_set(epath.Path(tmp_path), "samples")
+    assert again.lossy
+    assert again.sha256 != found.sha256
+    Image.fromarray(images[0][:8]).save(tmp_path / "013.png")
+    with pytest.raises(UserError, match=r"013.png is 16 x 8, and 000.png 16 x 16"):
+        list(open_set(epath.Path(tmp_path), "samples").rows.batches(5))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no picture in it"):
+        open_set(epath.Path(tmp_path) / "empty", "samples")
 
 
 def test_weights_that_are_nowhere_are_asked_for_by_name(tmp_path, monkeypatch):
@@ -177,7 +231,7 @@ def test_weights_that_are_nowhere_are_asked_for_by_name(tmp_path, monkeypatch):
     wrong = downloads.INCEPTION[0]._replace(address=f"file://{tmp_path}/other")
     with pytest.raises(UserError, match=r"its SHA-256 begins [0-9a-f]{8}, not 6726825d"):
         downloads.find("", (wrong,), "Inception weights")
-    right = wrong._replace(sha256=downloads.sha256_of(tmp_path / "other")[:8])
+    right = wrong._replace(sha256=sha256_of(tmp_path / "other")[:8])
     assert downloads.find("", (right,), "Inception weights").read_bytes() == b"something else"
     assert not list(tmp_path.glob("*.partial"))
 
