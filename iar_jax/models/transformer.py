@@ -5,8 +5,6 @@ LlamaGen's quirks: the class token's rotary entry is zero, RMSNorm works in floa
 hidden width is rounded up to a multiple of 256, the head starts at zero.
 """
 
-from typing import NamedTuple
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -31,13 +29,6 @@ def swiglu_hidden_dim(dim: int) -> int:
 
 def partitioned(init, *axes: str | None):
     return nn.with_logical_partitioning(init, axes)
-
-
-class LayerCache(NamedTuple):
-    """Keys and values of one layer, [B, T, H, K]: T positions, the class token first."""
-
-    keys: Float[Array, "B T H K"]
-    values: Float[Array, "B T H K"]
 
 
 class RMSNorm(nn.Module):
@@ -89,13 +80,7 @@ class Attention(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "B L D"],
-        rope: Float[Array, "L half 2"],
-        cache: LayerCache | None,
-        position: Int[Array, ""] | None,
-    ) -> tuple[Float[Array, "B L D"], LayerCache | None]:
+    def __call__(self, x: Float[Array, "B L D"], rope: Float[Array, "L half 2"]) -> Float[Array, "B L D"]:
         dim = x.shape[-1]
         head_dim = dim // self.num_heads
         init = nn.initializers.normal(self.init_std)
@@ -114,15 +99,8 @@ class Attention(nn.Module):
         q = qkv[:, :, :, :group].reshape(*x.shape[:2], self.num_heads, head_dim)
         k, v = qkv[:, :, :, group], qkv[:, :, :, group + 1]
         q, k = apply_rope(q, rope), apply_rope(k, rope)
-        if cache is None or position is None:
-            out = causal_attention(q, k, v, self.block_size)
-        else:
-            keys = jax.lax.dynamic_update_slice_in_dim(cache.keys, k.astype(cache.keys.dtype), position, axis=1)
-            values = jax.lax.dynamic_update_slice_in_dim(cache.values, v.astype(cache.values.dtype), position, axis=1)
-            cache = LayerCache(keys, values)
-            seen = (jnp.arange(keys.shape[1]) <= position)[None, None, None, :]
-            out = jax.nn.dot_product_attention(q, keys.astype(q.dtype), values.astype(q.dtype), mask=seen)
-        return (out.reshape(-1, dim) @ wo.astype(self.dtype).reshape(-1, dim)).reshape(x.shape), cache
+        out = causal_attention(q, k, v, self.block_size)
+        return (out.reshape(-1, dim) @ wo.astype(self.dtype).reshape(-1, dim)).reshape(x.shape)
 
 
 class FeedForward(nn.Module):
@@ -145,7 +123,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm layer. With a cache, x is a single position and the cache is returned with it written in."""
+    """One pre-norm layer, as a step of the scan over layers."""
 
     num_heads: int
     num_kv_heads: int
@@ -159,23 +137,16 @@ class Block(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "B L D"],
-        rope: Float[Array, "L half 2"],
-        cache: LayerCache | None = None,
-        position: Int[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "B L D"], LayerCache | None]:
+    def __call__(self, x: Float[Array, "B L D"], rope: Float[Array, "L half 2"]) -> tuple[Float[Array, "B L D"], None]:
         x = nn.with_logical_constraint(x, ("batch", None, None))
         normed = RMSNorm(self.norm_eps, self.dtype, name="attention_norm")(x)
         attention = Attention(
             self.num_heads, self.num_kv_heads, self.attention_block, self.init_std, self.dtype, name="attention"
         )
-        out, cache = attention(normed, rope, cache, position)
-        x = x + self.residual(out, self.residual_dropout_rate)
+        x = x + self.residual(attention(normed, rope), self.residual_dropout_rate)
         normed = RMSNorm(self.norm_eps, self.dtype, name="ffn_norm")(x)
         out = FeedForward(self.hidden_dim, self.init_std, self.dtype, name="feed_forward")(normed)
-        return x + self.residual(out, self.ffn_dropout_rate), cache
+        return x + self.residual(out, self.ffn_dropout_rate), None
 
     def residual(self, x, dropout_rate):
         return Dropout(self.drop_path_rate, shared_axes=(1, 2))(Dropout(dropout_rate)(x))

@@ -1,4 +1,4 @@
-"""Autoregressive decoding: one compiled program with a static KV cache."""
+"""Autoregressive decoding: one compiled program, from class labels to codes, with a static KV cache."""
 
 import functools
 from typing import Any
@@ -8,8 +8,24 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from iar_jax.models.transformer import Block, LayerCache, Transformer
+from iar_jax.models.decode_step import (
+    block_length,
+    decode_step,
+    decode_weights,
+    embed,
+    empty_cache,
+    empty_recent,
+    grown,
+    moved,
+)
+from iar_jax.models.transformer import Transformer
 from iar_jax.sampling import guidance
+from iar_jax.sampling.guidance import CONSTANT, Schedule
+
+# The cache grows this many times on the way, so that a step reads few positions that hold nothing yet; each time costs
+# a compilation of the step. Short sequences do without.
+NUM_PARTS = 4
+SHORT = 128
 
 
 def generate(
@@ -23,10 +39,13 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     greedy: bool = False,
+    schedule: Schedule = CONSTANT,
 ) -> Int[Array, "B L"]:
     """Codes of one image for each label, [B, L] int32, in the ids that the model was trained on.
 
-    Image i depends on labels[i] and keys[i] alone: the draw at position t uses fold_in(keys[i], t).
+    Image i depends on labels[i] and keys[i] alone: the draw at position t uses fold_in(keys[i], t). In float32 the
+    codes are the same for any batch; products in bfloat16 round differently from batch size to batch size, and now and
+    then that turns a draw.
 
     Args:
         module, params: the transformer; its dtype is that of the computation and of the KV cache.
@@ -34,8 +53,9 @@ def generate(
         keys: one random key for each image.
         cfg_scale: scale of classifier-free guidance; 1 turns it off and halves the work.
         temperature: divides the guided logits; positive.
-        top_k, top_p: restrict the draw; 0 and 1 leave it alone.
+        top_k, top_p: restrict the draw; 0 and 1 leave it alone; see `guidance.draw`.
         greedy: take the most probable code instead of drawing.
+        schedule: how the scale changes from the first code to the last.
 
     Raises:
         ValueError: a temperature or top_p out of range.
@@ -46,6 +66,7 @@ def generate(
         )
     if not 0.0 < top_p <= 1.0:
         raise ValueError(f"top_p is {top_p}; it must be in (0, 1]")
+    starts_at_one = schedule.start == 1.0 or schedule.kind not in ("linear", "iar2")
     return _generate(
         module,
         params,
@@ -53,69 +74,59 @@ def generate(
         keys,
         jnp.float32(cfg_scale),
         jnp.float32(temperature),
-        guided=cfg_scale != 1.0,
+        guided=cfg_scale != 1.0 or not starts_at_one,
         top_k=top_k,
         top_p=top_p,
         greedy=greedy,
+        schedule=schedule,
     )
 
 
-def empty_cache(module: Transformer, batch_size: int) -> list[LayerCache]:
-    """Zeros for the keys and values of every layer."""
-    kv_heads = module.block_fields()["num_kv_heads"]
-    shape = (batch_size, module.num_tokens, kv_heads, module.dim // module.num_heads)
-    return [
-        LayerCache(jnp.zeros(shape, module.dtype), jnp.zeros(shape, module.dtype)) for _ in range(module.num_layers)
-    ]
+def part_ends(module: Transformer) -> list[int]:
+    """Positions up to which the cache has room, one part of the decoding after the other: whole blocks."""
+    block = block_length(module)
+    num_blocks = module.num_tokens // block
+    num_parts = NUM_PARTS if module.num_tokens > SHORT else 1
+    return sorted({block * -(-num_blocks * part // num_parts) for part in range(1, num_parts + 1)})
 
 
-def decode_step(
-    module: Transformer,
-    params: Any,
-    layers: list[Any],
-    x: Float[Array, "B 1 D"],
-    position: Int[Array, ""],
-    cache: list[LayerCache],
-) -> tuple[Float[Array, "B V"], list[LayerCache]]:
-    """Logits for the code at `position` from its input embedding, and the cache with that input written in.
-
-    Args:
-        layers: the parameters of each layer, unstacked.
-    """
-    block = Block(**module.block_fields())
-    rope = jax.lax.dynamic_slice_in_dim(module.rope(), position, 1)
-    new_cache = []
-    for layer_params, layer_cache in zip(layers, cache, strict=True):
-        x, layer_cache = block.apply({"params": layer_params}, x, rope, layer_cache, position)
-        new_cache.append(layer_cache)
-    return module.apply({"params": params}, x, method="logits")[:, 0], new_cache
-
-
-@functools.partial(jax.jit, static_argnames=("module", "guided", "top_k", "top_p", "greedy"))
-def _generate(module, params, labels, keys, cfg_scale, temperature, *, guided, top_k, top_p, greedy):
-    layers = [jax.tree.map(lambda p, i=i: p[i], params["layers"]) for i in range(module.num_layers)]
-    variables = {"params": params}
+@functools.partial(jax.jit, static_argnames=("module", "guided", "top_k", "top_p", "greedy", "schedule"))
+def _generate(module, params, labels, keys, cfg_scale, temperature, *, guided, top_k, top_p, greedy, schedule):
+    weights = decode_weights(module, params)
+    block = block_length(module)
     if guided:
         labels = jnp.concatenate([labels, jnp.full_like(labels, module.null_class)])
 
-    def choose(logits, position):
+    def choose(logits: Float[Array, "B V"], to_class, position):
         logits = logits.astype(jnp.float32)
         if guided:
-            logits = guidance.guide(logits, cfg_scale)
+            to_class = jnp.split(to_class, 2)[0]
+            scale = guidance.scale_at(schedule, cfg_scale, position, module.num_tokens, to_class)
+            logits = guidance.guide(logits, scale)
         if greedy:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        logits = guidance.keep_top_p(guidance.keep_top_k(logits / temperature, top_k), top_p)
         step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, position)
-        return jax.vmap(jax.random.categorical)(step_keys, logits).astype(jnp.int32)
+        uniform = jax.vmap(jax.random.uniform)(step_keys)
+        return guidance.draw(logits, uniform, temperature, top_k=top_k, top_p=top_p)
 
-    def step(carry, position):
+    def decode_block(carry, start):
         x, cache = carry
-        logits, cache = decode_step(module, params, layers, x, position, cache)
-        codes = choose(logits, position)
-        inputs = jnp.concatenate([codes, codes]) if guided else codes
-        return (module.apply(variables, inputs[:, None], method="embed_codes"), cache), codes
 
-    start = module.apply(variables, labels, method="embed_labels")
-    cache = empty_cache(module, labels.shape[0])
-    _, codes = jax.lax.scan(step, (start, cache), jnp.arange(module.num_tokens))
-    return codes.T
+        def step(carry, position):
+            x, recent = carry
+            logits, recent, to_class = decode_step(module, weights, x, position, cache, recent)
+            codes = choose(logits, to_class, position)
+            inputs = jnp.concatenate([codes, codes]) if guided else codes
+            return (embed(weights, inputs), recent), codes
+
+        recent = empty_recent(module, x.shape[0])
+        (x, recent), codes = jax.lax.scan(step, (x, recent), start + jnp.arange(block))
+        return (x, moved(cache, recent, start)), codes
+
+    x = module.apply({"params": params}, labels, method="embed_labels")[:, 0]
+    cache, found, begin = empty_cache(module, labels.shape[0], 0), [], 0
+    for end in part_ends(module):
+        (x, cache), codes = jax.lax.scan(decode_block, (x, grown(cache, end)), jnp.arange(begin, end, block))
+        found.append(codes.reshape(end - begin, -1))
+        begin = end
+    return jnp.concatenate(found).T

@@ -1,38 +1,118 @@
-"""From logits to the distribution that the next code is drawn from: guidance, temperature, top-k, top-p."""
+"""From logits to the next code: classifier-free guidance and its schedules, temperature, top-k, top-p, the draw."""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 
-def guide(logits: Float[Array, "both V"], cfg_scale: Float[Array, ""]) -> Float[Array, "B V"]:
+class Schedule(NamedTuple):
+    """How the scale of guidance goes from the first code to the last, number t of L.
+
+    Attributes:
+        kind: with s for cfg_scale,
+            "constant": s;
+            "interval": s for first <= t < last, and no guidance elsewhere (LlamaGen's cfg_interval is `last`);
+            "linear": from `start` at t = 0 to s at the last code;
+            "power_cosine": 1 + (s - 1) (1 - cos(pi (t / L) ** power)) / 2, as RAR;
+            "iar2": start + (s - start) w with w = t / (L - 1) + attention_weight a, where a is the last layer's
+                attention to the class token, the mean over heads of the conditional row (IAR2's adaptive scale).
+        start: the scale that linear and iar2 begin with.
+        first, last: codes of the interval; a last of 0 is the end.
+    """
+
+    kind: str = "constant"
+    start: float = 1.0
+    first: int = 0
+    last: int = 0
+    power: float = 1.0
+    attention_weight: float = 0.05
+
+
+CONSTANT = Schedule()
+
+
+def scale_at(
+    schedule: Schedule,
+    cfg_scale: Float[Array, ""],
+    position: Int[Array, ""],
+    num_tokens: int,
+    to_class: Float[Array, " B"],
+) -> Float[Array, "*B"]:
+    """The scale for the code at `position`, for all images or each; see `Schedule`."""
+    last = jnp.maximum(num_tokens - 1, 1)
+    if schedule.kind == "interval":
+        inside = (position >= schedule.first) & (position < (schedule.last or num_tokens))
+        return jnp.where(inside, cfg_scale, 1.0)
+    if schedule.kind == "linear":
+        return schedule.start + (cfg_scale - schedule.start) * position / last
+    if schedule.kind == "power_cosine":
+        rise = (1.0 - jnp.cos(jnp.pi * (position / num_tokens) ** schedule.power)) / 2.0
+        return 1.0 + (cfg_scale - 1.0) * rise
+    if schedule.kind == "iar2":
+        weight = position / last + schedule.attention_weight * to_class
+        return schedule.start + (cfg_scale - schedule.start) * weight
+    return cfg_scale
+
+
+def guide(logits: Float[Array, "both V"], cfg_scale: Float[Array, "*B"]) -> Float[Array, "B V"]:
     """Classifier-free guidance, u + s * (c - u).
 
     Args:
         logits: conditional rows c first, then as many unconditional rows u.
-        cfg_scale: s; 1 is no guidance.
+        cfg_scale: s, one or one for each image; 1 is no guidance.
     """
     conditional, unconditional = jnp.split(logits, 2)
-    return unconditional + cfg_scale * (conditional - unconditional)
+    return unconditional + cfg_scale[..., None] * (conditional - unconditional)
 
 
-def keep_top_k(logits: Float[Array, "B V"], top_k: int) -> Float[Array, "B V"]:
-    """Minus infinity for all but the k largest logits of a row; ties with the k-th stay. 0 keeps all."""
-    if top_k <= 0 or top_k >= logits.shape[-1]:
-        return logits
-    threshold = jax.lax.top_k(logits, top_k)[0][:, -1:]
-    return jnp.where(logits < threshold, -jnp.inf, logits)
+def draw(
+    logits: Float[Array, "B V"],
+    uniform: Float[Array, " B"],
+    temperature: Float[Array, ""],
+    *,
+    top_k: int,
+    top_p: float,
+) -> Int[Array, " B"]:
+    """The code at which the distribution's sum passes `uniform`, for each row.
 
+    Nothing is sorted unless top_p asks for it, and then only the top_k largest where k is given.
 
-def keep_top_p(logits: Float[Array, "B V"], top_p: float) -> Float[Array, "B V"]:
-    """Minus infinity outside the smallest set of codes whose probabilities add up to at least p; 1 keeps all.
-
-    The most probable code always stays.
+    Args:
+        uniform: in [0, 1).
+        top_k: draw among the k largest logits alone (of equal ones at the end, those with lower ids); 0 is all.
+        top_p: draw among the smallest set of codes whose probabilities, after top_k, add up to at least p; the most
+            probable one is always in it; 1 is all.
     """
-    if top_p >= 1.0:
-        return logits
-    descending = -jnp.sort(-logits, axis=-1)
-    probability = jax.nn.softmax(descending, axis=-1)
-    before = jnp.cumsum(probability, axis=-1) - probability
-    threshold = jnp.min(jnp.where(before < top_p, descending, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(logits < threshold, -jnp.inf, logits)
+    vocab_size = logits.shape[-1]
+    top_k = min(top_k, vocab_size) or vocab_size
+    if top_k == vocab_size and top_p >= 1.0:
+        return pick(jnp.exp((logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature), uniform)
+    values, ids = jax.lax.top_k(logits, top_k)
+    probabilities = jax.nn.softmax(values / temperature, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    probabilities = jnp.where(before < top_p, probabilities, 0.0)
+    return jnp.take_along_axis(ids, pick(probabilities, uniform)[:, None], axis=-1)[:, 0]
+
+
+def pick(weights: Float[Array, "B V"], uniform: Float[Array, " B"]) -> Int[Array, " B"]:
+    """Where the running sum of weights, which need not add up to one, passes uniform * their sum.
+
+    In two steps, over blocks of the row and inside one: a running sum over a whole vocabulary takes many passes.
+    """
+    rows, size = weights.shape
+    block = next((block for block in (128, 64, 32) if size % block == 0 and size > block), size)
+    blocks = weights.reshape(rows, -1, block)
+    sums = jnp.cumsum(jnp.sum(blocks, axis=-1), axis=-1)
+    target = uniform * sums[:, -1]
+    chosen = passed(sums, target)
+    before = jnp.where(chosen > 0, jnp.take_along_axis(sums, jnp.maximum(chosen - 1, 0)[:, None], axis=-1)[:, 0], 0.0)
+    inside = jnp.cumsum(jnp.take_along_axis(blocks, chosen[:, None, None], axis=1)[:, 0], axis=-1)
+    return (chosen * block + passed(inside, target - before)).astype(jnp.int32)
+
+
+def passed(sums: Float[Array, "B N"], target: Float[Array, " B"]) -> Int[Array, " B"]:
+    """The first place whose running sum is above the target; where rounding leaves none, the last with any weight."""
+    first = jnp.sum(sums <= target[:, None], axis=-1)
+    return jnp.minimum(first, jnp.sum(sums < sums[:, -1:], axis=-1))

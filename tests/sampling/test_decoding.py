@@ -1,28 +1,58 @@
 """If these fail, the KV cache or the keys are wrong: samples then depend on the batch they were made in."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from iar_jax.interop.llamagen import load_transformer
-from iar_jax.sampling.decoding import decode_step, empty_cache, generate
+from iar_jax.models.decode_step import (
+    block_length,
+    decode_step,
+    decode_weights,
+    embed,
+    empty_cache,
+    empty_recent,
+    grown,
+    moved,
+)
+from iar_jax.sampling.decoding import generate, part_ends
 from tests.models.test_transformer import initial, small
 
 
-def test_decoding_with_the_cache_is_the_full_forward_pass():
-    module = small(num_layers=3)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"num_heads": 4, "num_kv_heads": 2},  # groups of heads that share keys and values
+        {"dim": 48, "num_heads": 4},  # heads of 12 dimensions, which are padded
+        {"grid_size": 12},  # a cache that grows on the way
+    ],
+    ids=["plain", "shared keys", "padded heads", "grown cache"],
+)
+def test_decoding_with_the_cache_is_the_full_forward_pass(shape):
+    module = small(**{"num_layers": 3, **shape})
     params = initial(module)
-    labels = jnp.array([2, 0])
-    codes = jax.random.randint(jax.random.key(2), (2, 9), 0, 32)
+    labels = jnp.array([2, 0, 1])
+    length = module.num_tokens
+    codes = jax.random.randint(jax.random.key(2), (3, length), 0, 32)
     expected = module.apply({"params": params}, labels, codes)
-    layers = [jax.tree.map(lambda p, i=i: p[i], params["layers"]) for i in range(3)]
-    cache = empty_cache(module, 2)
-    x = module.apply({"params": params}, labels, method="embed_labels")
-    for t in range(9):
-        logits, cache = decode_step(module, params, layers, x, jnp.int32(t), cache)
+    weights = decode_weights(module, params)
+    step = jax.jit(functools.partial(decode_step, module))
+    block = block_length(module)
+    cache, recent = empty_cache(module, 3, part_ends(module)[0]), empty_recent(module, 3)
+    x = module.apply({"params": params}, labels, method="embed_labels")[:, 0]
+    for t in range(length):
+        logits, recent, to_class = step(weights, x, jnp.int32(t), cache, recent)
         np.testing.assert_allclose(logits, expected[:, t], atol=2e-5)
-        x = module.apply({"params": params}, codes[:, t : t + 1], method="embed_codes")
+        assert ((to_class > 0) & (to_class <= 1 + 1e-6)).all()
+        x = embed(weights, codes[:, t])
+        if (t + 1) % block == 0:
+            cache = moved(cache, recent, jnp.int32(t + 1 - block))
+            room = next((end for end in part_ends(module) if end > t + 1), length)
+            cache = grown(cache, room)
 
 
 @pytest.mark.parametrize(("cfg_scale", "name"), [(2.0, "greedy_cfg2"), (1.0, "greedy_nocfg")])

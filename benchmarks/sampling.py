@@ -1,0 +1,99 @@
+"""Images and tokens a second of decoding, against what the machine's memory and matrix rates allow.
+
+    GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python -m benchmarks.sampling              B at 256 px, batches 8, 32, 64
+    python -m benchmarks.sampling --batches=8,16 --model=L,256 --dtype=bfloat16 --top_k=2000
+
+The floor of a step is the larger of two times: reading weights and the positions of the cache that hold something, at
+the rate of a sum over a large array; and the products' FLOPs, at the rate of a large matrix product. Both rates are
+measured in the same run. Guidance doubles the rows. Weights are random; the time does not depend on them.
+"""
+
+import argparse
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import meta
+
+from configs import imagenet
+from iar_jax.models.build import build_transformer
+from iar_jax.runtime.config import grid_size
+from iar_jax.sampling.decoding import generate
+
+
+def median_time(function, repeats: int) -> float:
+    jax.block_until_ready(function())
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(function())
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def machine_rates(dtype) -> tuple[float, float]:
+    """Bytes a second of reading, FLOPs a second of a large product."""
+    array = jnp.ones((2**27,), jnp.float32)
+    total = jax.jit(jnp.sum)
+    square = jnp.ones((2048, 2048), dtype)
+    product = jax.jit(lambda a: a @ a)
+    return array.nbytes / median_time(lambda: total(array), 5), 2 * 2048**3 / median_time(lambda: product(square), 5)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="B,256", help="argument of configs/imagenet.py")
+    parser.add_argument("--batches", default="8,32,64")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--cfg_scale", type=float, default=2.0)
+    parser.add_argument("--top_k", type=int, default=0)
+    parser.add_argument("--top_p", type=float, default=1.0)
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+
+    config = imagenet.get_config(options.model)
+    section = config.model.to_dict() | {"dtype": options.dtype}
+    model = build_transformer(section, vocab_size=16384, num_classes=1000, grid_size=grid_size(config))
+    labels, codes = jnp.zeros((1,), jnp.int32), jnp.zeros((1, model.num_tokens), jnp.int32)
+    params = meta.unbox(jax.jit(model.init)(jax.random.key(0), labels, codes)["params"])
+    # A zero head would draw all codes evenly, with nothing to compute but the same work.
+    params = params | {"head": 0.02 * jax.random.normal(jax.random.key(1), params["head"].shape)}
+    bytes_a_second, flops_a_second = machine_rates(model.dtype)
+    itemsize = jnp.dtype(model.dtype).itemsize
+    matrices = sum(leaf.size for leaf in jax.tree.leaves(params["layers"])) + params["head"].size
+    length, rows_an_image = model.num_tokens, 1 if options.cfg_scale == 1.0 else 2
+    print(f"{options.model}, {length} tokens, {options.dtype}, cfg {options.cfg_scale:g}, top_k {options.top_k}")
+    print(f"memory {bytes_a_second / 1e9:.1f} GB/s, products {flops_a_second / 1e9:.0f} GFLOP/s")
+    print(f"{'batch':>6}{'seconds':>9}{'images/s':>10}{'tokens/s':>10}{'floor: bytes':>14}{'FLOPs':>8}{'of floor':>10}")
+    for batch in map(int, options.batches.split(",")):
+        rows = batch * rows_an_image
+        # On the mean, half of the positions hold something.
+        cache = rows * length / 2 * 2 * model.dim * model.num_layers * itemsize
+        reading = length * (matrices * itemsize + cache) / bytes_a_second
+        attention = rows * length / 2 * 4 * model.dim * model.num_layers
+        computing = length * (2 * rows * matrices + attention) / flops_a_second
+        sampled, keys = np.arange(batch, dtype=np.int32), jax.random.split(jax.random.key(2), batch)
+
+        def run(sampled=sampled, keys=keys):
+            return generate(
+                model,
+                params,
+                sampled,
+                keys,
+                cfg_scale=options.cfg_scale,
+                top_k=options.top_k,
+                top_p=options.top_p,
+            )
+
+        seconds = median_time(run, options.repeats)
+        print(
+            f"{batch:6}{seconds:9.2f}{batch / seconds:10.3f}{batch * length / seconds:10.0f}{reading:14.2f}"
+            f"{computing:8.2f}{max(reading, computing) / seconds:10.1%}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
