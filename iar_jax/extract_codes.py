@@ -3,7 +3,9 @@
 python -m iar_jax.extract_codes --config=configs/mnist.py --workdir=runs/mnist
 """
 
+import dataclasses
 import functools
+import os
 import time
 from collections.abc import Callable, Iterator
 
@@ -18,8 +20,7 @@ from PIL import Image
 from iar_jax.data import codes, preprocessing
 from iar_jax.data.images import ImageDataset, ImageSource, open_images
 from iar_jax.models.build import load_tokenizer
-from iar_jax.runtime import artifacts, command_line, lock, sharding
-from iar_jax.runtime.errors import UserError
+from iar_jax.runtime import artifacts, command_line, distributed, lock, sharding
 from iar_jax.runtime.interruption import StopRequest, catch_stop_signals
 from iar_jax.runtime.progress import Progress, progress, say
 
@@ -35,8 +36,6 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     if all(artifacts.finished(workdir / "codes" / split, relevant, inputs) for split in splits):
         say(f"extract_codes: done, in {workdir / 'codes'}")
         return
-    if jax.process_count() > 1:
-        raise UserError("extract_codes runs as one process; give it one machine, with any number of devices")
     mesh = sharding.make_mesh(**config.mesh)
     sharding.check_batch_size(mesh, config.codes.batch_size, "config.codes.batch_size")
     images = open_images(config.data)
@@ -61,14 +60,14 @@ def extract_splits(
 
     def encode_pictures(crops: np.ndarray) -> np.ndarray:
         flat = preprocessing.to_unit_range(crops.reshape(-1, *crops.shape[2:]))
-        found = encode(params, sharding.global_batch(mesh, flat))
-        return np.asarray(found).reshape(*crops.shape[:2], -1)
+        found = distributed.to_host(encode(params, sharding.global_batch(mesh, flat)))
+        return found.reshape(-1, crops.shape[1], found[0].size)
 
     for split, kind in splits.items():
         directory, source = codes_directory / split, getattr(images, split)
         with progress(f"extract_codes {split}", len(source), "images") as shown:
             start = time.monotonic()
-            extract(
+            pace = extract(
                 source,
                 directory,
                 encode_pictures,
@@ -80,6 +79,7 @@ def extract_splits(
                     max_shift=config.data.max_shift,
                     crop_ranges=config.codes.crop_ranges,
                 ),
+                sharding.local_part(mesh),
                 model.codebook_size,
                 shown,
                 stop,
@@ -89,59 +89,105 @@ def extract_splits(
             "num_images": len(source),
             "class_names": list(images.class_names),
             "seconds": time.monotonic() - start,
+            **pace.figures(),
         }
-        artifacts.finish(directory, codes.fingerprint_records(shards), figures)
-        say(f"extract_codes: {len(source)} images of {split} in {len(shards)} files under {directory}")
+        fingerprint = codes.fingerprint_records(shards) if distributed.is_first() else ""
+        artifacts.finish(directory, fingerprint, figures)
+        say(f"extract_codes: {len(source)} images of {split} in {len(shards)} files under {directory}{pace}")
+
+
+@dataclasses.dataclass
+class Pace:
+    """Images that were encoded, the seconds from their first batch to their last, and those of them in which devices
+    had nothing to do because the next batch was not ready."""
+
+    images: int = 0
+    seconds: float = 0.0
+    waiting: float = 0.0
+
+    def figures(self) -> dict[str, float]:
+        """Images a second and the share of time that devices waited; nothing where nothing was encoded."""
+        if not self.images:
+            return {}
+        return {"images_per_second": self.images / self.seconds, "device_wait": self.waiting / self.seconds}
+
+    def __str__(self) -> str:
+        if not self.images:
+            return ""
+        return f"; {self.images / self.seconds:.1f} images a second, devices waited {self.waiting / self.seconds:.0%}"
 
 
 def extract(
     source: ImageSource,
     directory: epath.Path,
-    encode_pictures,
+    encode_pictures: Callable[[np.ndarray], np.ndarray],
     section: ConfigDict,
     crop: Callable[[Image.Image], np.ndarray],
+    part: tuple[int, int],
     codebook_size: int,
     shown: Progress,
     stop: StopRequest,
-) -> None:
+) -> Pace:
     """Writes the shards that are not there yet; `crop` makes the views of a picture, uint8 [crops, R, R, 3].
+
+    Each process prepares its part of every batch, all get all codes, and the first one writes.
 
     Raises:
         Interrupted: a stop was asked for; whole shards are kept.
     """
     num_shards = -(-len(source) // section.images_per_shard)
+    pace = Pace()
     for shard in range(num_shards):
         path = codes.shard_path(directory, shard, num_shards)
         indices = range(shard * section.images_per_shard, min((shard + 1) * section.images_per_shard, len(source)))
-        if not path.exists():
+        if not distributed.from_first(path.exists()):
             records = []
-            for batch in encoded_batches(source, indices, encode_pictures, section.batch_size, crop):
+            for batch in encoded_batches(source, indices, encode_pictures, section.batch_size, crop, part, pace):
                 records += batch
                 stop.obey(f"extract_codes stopped in file {shard + 1} of {num_shards}; those before it are kept")
-            codes.write_shard(path, [codes.pack(record, codebook_size) for record in records])
+            if distributed.is_first():
+                codes.write_shard(path, [codes.pack(record, codebook_size) for record in records])
         shown.update(len(indices))
+    distributed.wait_for_all("all shards")
+    return pace
 
 
 def encoded_batches(
-    source: ImageSource, indices: range, encode_pictures, batch_size: int, crop: Callable[[Image.Image], np.ndarray]
+    source: ImageSource,
+    indices: range,
+    encode_pictures: Callable[[np.ndarray], np.ndarray],
+    batch_size: int,
+    crop: Callable[[Image.Image], np.ndarray],
+    part: tuple[int, int],
+    pace: Pace,
 ) -> Iterator[list[codes.CodeRecord]]:
-    """Code records of the pictures at `indices`, in their order; host threads prepare while devices encode."""
+    """Code records of the pictures at `indices`, in their order; host threads prepare while devices encode.
 
-    def prepare(index):
-        return {
-            "image": crop(source.picture(index)),
-            "label": source.labels[index],
-            "image_id": source.image_ids[index],
-        }
-
-    batches = grain.MapDataset.source(list(indices)).map(prepare).batch(batch_size)
-    for batch in batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)):
-        count = len(batch["label"])
-        filling = np.repeat(batch["image"][-1:], batch_size - count, axis=0)
-        found = encode_pictures(np.concatenate([batch["image"], filling]))[:count]
+    Args:
+        part: which of how many parts of each batch this process prepares.
+    """
+    blocks = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+    # The last block is filled up with its last picture, whose codes are left out.
+    filled = [np.minimum(block.start + np.arange(batch_size), block.stop - 1) for block in blocks]
+    mine = np.concatenate([np.split(block, part[1])[part[0]] for block in filled])
+    threads = os.cpu_count() or 1
+    batches = (
+        grain.MapDataset.source(mine.tolist())
+        .map(lambda index: crop(source.picture(index)))
+        .batch(batch_size // part[1])
+        .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, 2)))
+    )
+    before = time.monotonic()
+    for block, crops in zip(blocks, batches, strict=True):
+        ready = time.monotonic()
+        found = encode_pictures(crops)
+        pace.images += len(block)
+        pace.waiting += ready - before
+        pace.seconds += time.monotonic() - before
+        before = time.monotonic()
         yield [
-            codes.CodeRecord(c, int(label), int(image_id))
-            for c, label, image_id in zip(found, batch["label"], batch["image_id"], strict=True)
+            codes.CodeRecord(found[i], int(source.labels[index]), int(source.image_ids[index]))
+            for i, index in enumerate(block)
         ]
 
 

@@ -68,11 +68,11 @@ def start(stage, workdir, *arguments, devices=1, **variables):
     )
 
 
-def start_processes(count, devices, workdir, *arguments):
-    """Training as several processes, started."""
+def start_processes(count, devices, workdir, *arguments, stage="train"):
+    """A stage as several processes, started."""
     launcher = ["bash", "launch/local_processes.sh", str(count), str(devices)]
     return subprocess.Popen(
-        [*launcher, *command("train", workdir, *arguments)],
+        [*launcher, *command(stage, workdir, *arguments)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 from PIL import Image, ImageOps
@@ -105,6 +107,27 @@ def crops(
     if kind == "mirror":
         return np.stack([pixels, pixels[:, ::-1]])
     return pixels[None]
+
+
+def reduced(images: Float[Array | np.ndarray, "B H H 3"], size: int) -> Float[Array, "B size size 3"]:
+    """Images brought to a smaller size as LlamaGen does with its 384-px samples: PyTorch's bicubic interpolation (Keys'
+    cubic of -0.75, half-pixel centres, borders repeated) without antialiasing, in floats, before they are clamped."""
+    weights = jnp.asarray(bicubic_weights(images.shape[1], size))
+    with jax.default_matmul_precision("highest"):
+        return jnp.einsum("yh,bhwc,xw->byxc", weights, jnp.asarray(images, jnp.float32), weights)
+
+
+def bicubic_weights(old: int, new: int) -> Float[np.ndarray, "new old"]:
+    """What each old pixel of a row adds to each new one; see `reduced`."""
+    a = -0.75
+    near = lambda x: ((a + 2) * x - (a + 3)) * x * x + 1  # noqa: E731
+    far = lambda x: ((a * x - 5 * a) * x + 8 * a) * x - 4 * a  # noqa: E731
+    centre = (np.arange(new) + 0.5) * old / new - 0.5
+    first, part = np.floor(centre).astype(int), centre - np.floor(centre)
+    weights = np.zeros((new, old))
+    for offset, values in ((-1, far(part + 1)), (0, near(part)), (1, near(1 - part)), (2, far(2 - part))):
+        np.add.at(weights, (np.arange(new), np.clip(first + offset, 0, old - 1)), values)
+    return weights.astype(np.float32)
 
 
 def to_unit_range(pixels: UInt8[np.ndarray, "*B"]) -> Float[np.ndarray, "*B"]:

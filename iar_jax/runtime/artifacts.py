@@ -48,6 +48,7 @@ IMMATERIAL_FIELDS = {
     "model.remat",
     "codes.batch_size",
     "sampling.batch_size",
+    "sampling.write_pngs",
     "evaluation.batch_size",
 }
 
@@ -190,6 +191,16 @@ def samples_name(config: ConfigDict, step: int) -> str:
     "checkpoint-" before it where config.sampling.step asks for one."""
     s = config.sampling
     settings = f"cfg{s.cfg_scale:g}-t{s.temperature:g}-k{s.top_k}-p{s.top_p:g}-{s.labels}-n{s.num_images}-seed{s.seed}"
+    schedules = {
+        "constant": "",
+        "interval": f"-interval{s.cfg_first}to{s.cfg_last}",
+        "linear": f"-linear{s.cfg_start:g}",
+        "power_cosine": f"-powercosine{s.cfg_power:g}",
+        "iar2": f"-iar2from{s.cfg_start:g}a{s.cfg_attention_weight:g}",
+    }
+    settings += schedules[s.cfg_schedule]
+    settings += f"-{s.dtype}" if s.dtype != "model" else ""
+    settings += f"-{s.image_size}px" if s.image_size else ""
     return f"{'checkpoint-' if s.step else ''}{step:07d}-{settings}"
 
 

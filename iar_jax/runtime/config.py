@@ -23,6 +23,8 @@ CHOICES = {
     "training.cluster_weight_schedule": ("constant", "linear", "cosine"),
     "training.keep_best": ("", "token_loss", "cluster_loss", "-token_accuracy", "-cluster_accuracy"),
     "training.schedule": ("constant", "cosine"),
+    "sampling.cfg_schedule": ("constant", "interval", "linear", "power_cosine", "iar2"),
+    "sampling.dtype": ("model", "float32", "bfloat16"),
     "sampling.labels": ("balanced", "uniform"),
     "evaluation.features": ("classifier", "inception"),
 }
@@ -43,6 +45,9 @@ MAY_BE_ZERO = {
     "training.keep_every",
     "training.max_skipped_steps",
     "training.warmup_steps",
+    "sampling.cfg_first",
+    "sampling.cfg_last",
+    "sampling.image_size",
     "sampling.step",
     "sampling.top_k",
     "sampling.seed",
@@ -52,6 +57,7 @@ MAY_BE_ZERO = {
 INTERVALS = {
     "data.val_fraction": (0.0, 1.0, False, False),
     "data.smallest_crop": (0.0, 1.0, False, True),
+    "sampling.cfg_power": (0.0, math.inf, False, False),
     "sampling.temperature": (0.0, math.inf, False, False),
     "sampling.top_p": (0.0, 1.0, False, True),
     "tokenizer_training.learning_rate": (0.0, math.inf, False, False),
@@ -240,5 +246,16 @@ def _check_together(config: ConfigDict) -> None:
             f"config.model.scan_unroll is {config.model.scan_unroll}; allowed are 1 to config.model.num_layers "
             f"({config.model.num_layers})"
         )
-    if config.sampling.top_k > codebook_size:
+    sampling = config.sampling
+    if sampling.image_size > config.data.resolution:
+        raise UserError(
+            f"config.sampling.image_size is {sampling.image_size}; images of {config.data.resolution} pixels are "
+            "reduced, not enlarged"
+        )
+    if sampling.cfg_last and sampling.cfg_last <= sampling.cfg_first:
+        raise UserError(
+            f"config.sampling.cfg_last is {sampling.cfg_last}; it must be above config.sampling.cfg_first "
+            f"({sampling.cfg_first}), or 0 for the last code"
+        )
+    if sampling.top_k > codebook_size:
         raise UserError(f"config.sampling.top_k is {config.sampling.top_k}; the codebook has {codebook_size} codes")

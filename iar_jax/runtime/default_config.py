@@ -162,11 +162,23 @@ def default_config() -> ConfigDict:
             "step": 0,  # of the transformer's checkpoint; 0 is the last one of a finished training
             "batch_size": 64,
             "labels": "balanced",  # balanced: the classes in turn; uniform: drawn at random, as LlamaGen does
+            "dtype": "model",  # of the decoding and its cache: model is config.model's; or float32, bfloat16
             "cfg_scale": 2.0,  # 1 turns guidance off
+            # How the scale goes from the first code to the last: constant; interval: off outside of codes cfg_first up
+            # to cfg_last (0 is the end); linear, from cfg_start; power_cosine, from 1, with cfg_power; iar2: linear,
+            # plus cfg_attention_weight times the attention to the class token
+            "cfg_schedule": "constant",
+            "cfg_start": 1.0,
+            "cfg_first": 0,
+            "cfg_last": 0,
+            "cfg_power": 1.0,
+            "cfg_attention_weight": 0.05,
             "temperature": 1.0,
             "top_k": 0,  # 0 keeps all codes
             "top_p": 1.0,
             "seed": 0,
+            "image_size": 0,  # of the images that are kept, reduced by LlamaGen's bicubic filter; 0 is as decoded
+            "write_pngs": False,  # each image as a file of its own, too
         }
     )
 

@@ -87,6 +87,13 @@ def any_process(value: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.asarray(value))))
 
 
+def from_first(value: int) -> int:
+    """A number as the first process has it."""
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+
+
 def to_host(tree: Any) -> Any:
     """Arrays of a tree as numpy, whole on every process, however they are sharded."""
     if jax.process_count() == 1:

@@ -21,11 +21,15 @@ class StopRequest:
     """Whether, and by which signal, a stop was asked for."""
 
     signal_number: int | None = None
+    times_asked: int = 0
 
     def obey(self, what: str) -> None:
-        """Raises Interrupted where a stop was asked for; `what` says where it stopped."""
-        if self.signal_number is not None:
-            raise Interrupted(f"{what}; run the same command to go on", self.signal_number)
+        """Raises Interrupted where a stop was asked for; `what` says where it stopped. Of several processes each calls
+        it equally often, and all stop at the same call."""
+        self.times_asked += 1
+        signal_number = distributed.asked_to_stop(self.times_asked, self.signal_number)
+        if signal_number is not None:
+            raise Interrupted(f"{what}; run the same command to go on", signal_number)
 
 
 def leave_at_once(number: int, _frame: Any) -> NoReturn:

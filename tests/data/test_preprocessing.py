@@ -54,6 +54,15 @@ def test_center_crop_is_box_halves_then_bicubic_then_the_middle(size):
     np.testing.assert_array_equal(preprocessing.center_crop(image, 32), expected[top : top + 32, left : left + 32])
 
 
+@pytest.mark.parametrize("size", [16, 13])
+def test_images_are_reduced_as_pytorch_does(golden, size):
+    # torch.nn.functional.interpolate(images, (size, size), mode="bicubic") of PyTorch 2.13, which places pixels in
+    # float32: off by some 1e-6 of a pixel, at slopes of a few units a pixel.
+    expected = np.load(golden("bicubic.npz"))
+    found = preprocessing.reduced(expected["images"], size)
+    np.testing.assert_allclose(found, expected[f"to_{size}"], atol=1e-5)
+
+
 @given(st.integers(-3, 3), st.integers(-3, 3))
 def test_shift_moves_pixels_and_repeats_the_border(down, right):
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)

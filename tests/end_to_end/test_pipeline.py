@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
+from iar_jax.data import preprocessing
 from tests import random_inception
 from tests.stages import (
     ROOT,
@@ -282,6 +283,44 @@ def test_when_one_process_is_killed_none_of_them_hangs(finished, tmp_path):
     os.kill(children(started)[-1], signal.SIGKILL)
     started.communicate(timeout=60)
     assert started.returncode != 0
+
+
+def test_two_processes_extract_and_sample_as_one(finished, tmp_path):
+    inputs = [f"--config.inputs.{name}={finished.path / name}" for name in ("tokenizer", "codebook")]
+    inputs.append(f"--config.inputs.transformer={finished.path / 'train'}")
+    for stage in ("extract_codes", "sample"):
+        started = start_processes(2, 2, tmp_path, *TINY, *inputs, stage=stage)
+        output, _ = started.communicate(timeout=180)
+        assert started.returncode == 0, output
+    for split in ("train", "val"):
+        assert fingerprint(tmp_path / "codes" / split) == fingerprint(finished.path / "codes" / split)
+        figures = json.loads((tmp_path / "codes" / split / "metadata.json").read_text())["figures"]
+        assert figures["images_per_second"] > 0
+        assert 0 <= figures["device_wait"] <= 1
+    (ours,), (theirs,) = (list((path / "samples").iterdir()) for path in (tmp_path, finished.path))
+    images, expected = (np.load(path / "samples.npz")["arr_0"] for path in (ours, theirs))
+    # Rounding differs from batch to batch of the decoder, by a step of 255 at most.
+    assert np.abs(images.astype(int) - expected).max() <= 1
+    np.testing.assert_array_equal(np.load(ours / "labels.npy"), np.load(theirs / "labels.npy"))
+
+
+def test_images_are_reduced_and_written_one_by_one_on_request(finished, copy):
+    (whole,) = (finished.path / "samples").iterdir()
+    # An interval of all codes is no schedule.
+    options = ["--config.sampling.image_size=16", "--config.sampling.cfg_schedule=interval"]
+    call("sample", copy, *TINY, *options)
+    (reduced,) = (copy / "samples").glob("*-interval0to0-16px")
+    images = np.load(reduced / "samples.npz")["arr_0"]
+    originals = np.load(whole / "samples.npz")["arr_0"]
+    assert images.shape == (len(originals), 16, 16, 3)
+    # Of the images as they were kept, cut to whole numbers: off by at most 1, times the filter's sum of 1.9, and cut.
+    expected = preprocessing.to_uint8(preprocessing.reduced(preprocessing.to_unit_range(originals), 16))
+    assert np.abs(images.astype(int) - expected).max() <= 3
+    assert not (reduced / "images").exists()
+    call("sample", copy, *TINY, *options, "--config.sampling.write_pngs=True")
+    files = sorted((reduced / "images").iterdir())
+    assert [path.name for path in files[:2]] == ["000000.png", "000001.png"]
+    np.testing.assert_array_equal(np.stack([np.asarray(Image.open(path)) for path in files]), images)
 
 
 def test_processes_refuse_a_wrong_mesh_together(finished, tmp_path):
