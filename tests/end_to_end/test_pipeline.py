@@ -313,9 +313,15 @@ def test_images_are_reduced_and_written_one_by_one_on_request(finished, copy):
     images = np.load(reduced / "samples.npz")["arr_0"]
     originals = np.load(whole / "samples.npz")["arr_0"]
     assert images.shape == (len(originals), 16, 16, 3)
-    # Of the images as they were kept, cut to whole numbers: off by at most 1, times the filter's sum of 1.9, and cut.
+    # Of the images as they were kept, cut to whole numbers: off by 1 at most, times the filter's sum of 1.9, and cut;
+    # more where pixels near black or white were clamped before.
     expected = preprocessing.to_uint8(preprocessing.reduced(preprocessing.to_unit_range(originals), 16))
-    assert np.abs(images.astype(int) - expected).max() <= 3
+    clamped = ((originals == 0) | (originals == 255)).reshape(-1, 16, 2, 16, 2, 3).any((2, 4))
+    near_clamped = clamped.copy()
+    for axis in (1, 2):
+        near_clamped |= np.roll(near_clamped, 1, axis) | np.roll(near_clamped, -1, axis)
+    assert not near_clamped.all()
+    assert np.abs(images.astype(int) - expected)[~near_clamped].max() <= 3
     assert not (reduced / "images").exists()
     call("sample", copy, *TINY, *options, "--config.sampling.write_pngs=True")
     files = sorted((reduced / "images").iterdir())
