@@ -63,6 +63,9 @@ def extract_splits(
         found = distributed.to_host(encode(params, sharding.global_batch(mesh, flat)))
         return found.reshape(-1, crops.shape[1], found[0].size)
 
+    def gather(rows: np.ndarray) -> np.ndarray:
+        return distributed.to_host(sharding.global_batch(mesh, rows))
+
     for split, kind in splits.items():
         directory, source = codes_directory / split, getattr(images, split)
         with progress(f"extract_codes {split}", len(source), "images") as shown:
@@ -79,6 +82,7 @@ def extract_splits(
                     max_shift=config.data.max_shift,
                     crop_ranges=config.codes.crop_ranges,
                 ),
+                gather,
                 sharding.local_part(mesh),
                 model.codebook_size,
                 shown,
@@ -123,6 +127,7 @@ def extract(
     encode_pictures: Callable[[np.ndarray], np.ndarray],
     section: ConfigDict,
     crop: Callable[[Image.Image], np.ndarray],
+    gather: Callable[[np.ndarray], np.ndarray],
     part: tuple[int, int],
     codebook_size: int,
     shown: Progress,
@@ -142,7 +147,9 @@ def extract(
         indices = range(shard * section.images_per_shard, min((shard + 1) * section.images_per_shard, len(source)))
         if not distributed.from_first(path.exists()):
             records = []
-            for batch in encoded_batches(source, indices, encode_pictures, section.batch_size, crop, part, pace):
+            for batch in encoded_batches(
+                source, indices, encode_pictures, section.batch_size, crop, gather, part, pace
+            ):
                 records += batch
                 stop.obey(f"extract_codes stopped in file {shard + 1} of {num_shards}; those before it are kept")
             if distributed.is_first():
@@ -158,12 +165,14 @@ def encoded_batches(
     encode_pictures: Callable[[np.ndarray], np.ndarray],
     batch_size: int,
     crop: Callable[[Image.Image], np.ndarray],
+    gather: Callable[[np.ndarray], np.ndarray],
     part: tuple[int, int],
     pace: Pace,
 ) -> Iterator[list[codes.CodeRecord]]:
     """Code records of the pictures at `indices`, in their order; host threads prepare while devices encode.
 
     Args:
+        gather: all rows of a batch from each process' part of them.
         part: which of how many parts of each batch this process prepares.
     """
     blocks = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
@@ -171,23 +180,27 @@ def encoded_batches(
     filled = [np.minimum(block.start + np.arange(batch_size), block.stop - 1) for block in blocks]
     mine = np.concatenate([np.split(block, part[1])[part[0]] for block in filled])
     threads = os.cpu_count() or 1
+
+    def prepare(index):
+        picture, label = source.example(index)
+        return {"image": crop(picture), "label": np.int32(label)}
+
     batches = (
         grain.MapDataset.source(mine.tolist())
-        .map(lambda index: crop(source.picture(index)))
+        .map(prepare)
         .batch(batch_size // part[1])
         .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, 2)))
     )
     before = time.monotonic()
-    for block, crops in zip(blocks, batches, strict=True):
+    for block, batch in zip(blocks, batches, strict=True):
         ready = time.monotonic()
-        found = encode_pictures(crops)
+        found, labels = encode_pictures(batch["image"]), gather(batch["label"])
         pace.images += len(block)
         pace.waiting += ready - before
         pace.seconds += time.monotonic() - before
         before = time.monotonic()
         yield [
-            codes.CodeRecord(found[i], int(source.labels[index]), int(source.image_ids[index]))
-            for i, index in enumerate(block)
+            codes.CodeRecord(found[i], int(labels[i]), int(source.image_ids[index])) for i, index in enumerate(block)
         ]
 
 

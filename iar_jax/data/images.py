@@ -1,4 +1,4 @@
-"""Sources of labelled images, by name: the embedded MNIST subset, or a folder with one sub-folder a class."""
+"""Sources of labelled images, by name: the embedded MNIST subset, a folder, or a set of TensorFlow Datasets."""
 
 import dataclasses
 import functools
@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from iar_jax.data import preprocessing
+from iar_jax.data.tfds_images import TfdsSplits
 from iar_jax.runtime.errors import UserError
 from iar_jax.runtime.progress import progress, say
 
@@ -25,8 +26,8 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 class ImageSource(Protocol):
     """Random access to one split.
 
-    `source[i]` is {"image": uint8 [R, R, 3], "label", "image_id"}; `source.picture(i)` the whole upright RGB picture
-    that the image was cut from, `source.labels` and `source.image_ids` are int [N].
+    `source[i]` is {"image": uint8 [R, R, 3], "label", "image_id"}; `source.example(i)` the whole upright RGB picture
+    that the image was cut from, with its label; `source.labels` and `source.image_ids` are int [N].
     """
 
     @property
@@ -39,7 +40,32 @@ class ImageSource(Protocol):
 
     def __getitem__(self, index: int) -> dict: ...
 
-    def picture(self, index: int) -> Image.Image: ...
+    def example(self, index: int) -> tuple[Image.Image, int]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Subset:
+    """Some images of a source."""
+
+    source: ImageSource
+    indices: np.ndarray
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self.source.labels[self.indices]
+
+    @property
+    def image_ids(self) -> np.ndarray:
+        return self.source.image_ids[self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.source[int(self.indices[index])]
+
+    def example(self, index: int) -> tuple[Image.Image, int]:
+        return self.source.example(int(self.indices[index]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +107,8 @@ class ArraySource:
             "image_id": np.int64(self.image_ids[index]),
         }
 
-    def picture(self, index: int) -> Image.Image:
-        return Image.fromarray(self.images[index])
+    def example(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.images[index]), int(self.labels[index])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,13 +125,13 @@ class FileSource:
 
     def __getitem__(self, index: int) -> dict:
         return {
-            "image": preprocessing.center_crop(self.picture(index), self.resolution),
+            "image": preprocessing.center_crop(read_image(self.paths[index]), self.resolution),
             "label": np.int32(self.labels[index]),
             "image_id": np.int64(self.image_ids[index]),
         }
 
-    def picture(self, index: int) -> Image.Image:
-        return read_image(self.paths[index])
+    def example(self, index: int) -> tuple[Image.Image, int]:
+        return read_image(self.paths[index]), int(self.labels[index])
 
 
 def open_images(section: ConfigDict) -> ImageDataset:
@@ -119,7 +145,31 @@ def open_images(section: ConfigDict) -> ImageDataset:
     if section.source.startswith("folder:"):
         path = section.source.removeprefix("folder:")
         return image_folder(path, section.resolution, section.val_fraction, section.max_unreadable)
-    raise UserError(f"config.data.source is {section.source!r}; allowed are 'mnist5k' and 'folder:PATH'")
+    if section.source.startswith("tfds:"):
+        name = section.source.removeprefix("tfds:")
+        return tfds_set(name, section.tfds_dir, section.resolution, section.val_fraction)
+    raise UserError(f"config.data.source is {section.source!r}; allowed are 'mnist5k', 'folder:PATH' and 'tfds:NAME'")
+
+
+@functools.cache
+def tfds_set(name: str, directory: str, resolution: int, val_fraction: float) -> ImageDataset:
+    """A prepared set of TensorFlow Datasets: its validation split, else its test split, else a share of its train
+    split is what we validate on.
+
+    Raises:
+        UserError: see `TfdsSplits`.
+    """
+    found = TfdsSplits(name, directory, resolution)
+    if "train" not in found.sources:
+        raise UserError(f"tfds:{name} has no train split")
+    train: ImageSource = found.sources["train"]
+    val: ImageSource | None = found.sources.get("validation") or found.sources.get("test")
+    fingerprint = found.fingerprint
+    if val is None:
+        of_train, of_val = split_by_class(train.labels, val_fraction)
+        train, val = Subset(train, of_train), Subset(train, of_val)
+        fingerprint = hashlib.sha256(fingerprint.encode() + of_val.tobytes()).hexdigest()
+    return ImageDataset(f"tfds:{name}", train, val, found.class_names, fingerprint)
 
 
 def split_by_class(labels: np.ndarray, val_fraction: float) -> tuple[np.ndarray, np.ndarray]:

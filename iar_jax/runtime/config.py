@@ -90,13 +90,15 @@ def unknown_field(field: str, known: list[str]) -> str:
     """The complaint about a field that does not exist, with the nearest one that does."""
     section, _, name = field.rpartition(".")
     names = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == section]
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    if near:
-        return f"{field}: no such field; did you mean {near[0]!r}?"
+    # One that is spelled nearly so in another section is likelier than one that is a little alike in this one.
+    very_near = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
     elsewhere = difflib.get_close_matches(name, [k.rpartition(".")[2] for k in known], n=1, cutoff=0.8)
-    if elsewhere:
+    if elsewhere and not very_near:
         full = next(k for k in known if k.rpartition(".")[2] == elsewhere[0])
         return f"{field}: no such field; did you mean {full!r}?"
+    near = very_near or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    if near:
+        return f"{field}: no such field; did you mean {near[0]!r}?"
     return f"{field}: no such field; {section} has {', '.join(names)}" if names else f"{field}: no such field"
 
 

@@ -16,7 +16,9 @@ def default_config() -> ConfigDict:
 
     config.data = ConfigDict(
         {
-            "source": "mnist5k",  # mnist5k, or folder:PATH with one sub-folder a class
+            # mnist5k; folder:PATH with one sub-folder a class; tfds:NAME, prepared, such as tfds:imagenet2012
+            "source": "mnist5k",
+            "tfds_dir": "",  # where tfds sets are prepared; "" is TFDS_DATA_DIR or ~/tensorflow_datasets
             "resolution": 32,  # side of the square pictures, pixels
             "val_fraction": 0.1,  # share of every class held out
             "augmentation": "none",  # none; shift by up to max_shift pixels; crop_flip: random square and mirror

@@ -1,0 +1,156 @@
+"""Image-classification sets of TensorFlow Datasets that are prepared on this machine, read at random.
+
+Nothing is downloaded or prepared here, and TensorFlow is not imported: records are read and parsed as bytes. Pictures
+are converted to RGB as ADM and LlamaGen do for ImageNet: transparency is dropped, EXIF rotation is not applied.
+"""
+
+import functools
+import hashlib
+import io
+import itertools
+import struct
+from bisect import bisect_right
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from iar_jax.data import preprocessing
+from iar_jax.runtime.errors import UserError, brief
+from iar_jax.runtime.progress import progress
+
+
+class TfdsSource:
+    """One split. Labels are read from the records when they are first asked for as a whole.
+
+    Args:
+        records: random access to {"image": bytes of a picture, "label": int}.
+        first_id: id of the first image; the others follow.
+    """
+
+    def __init__(self, name: str, records: Any, first_id: int, resolution: int):
+        self.name, self.records, self.resolution = name, records, resolution
+        self.image_ids = first_id + np.arange(len(records))
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict:
+        picture, label = self.example(index)
+        return {
+            "image": preprocessing.center_crop(picture, self.resolution),
+            "label": np.int32(label),
+            "image_id": np.int64(self.image_ids[index]),
+        }
+
+    def example(self, index: int) -> tuple[Image.Image, int]:
+        record = self.records[int(index)]
+        try:
+            with Image.open(io.BytesIO(record["image"])) as image:
+                return image.convert("RGB"), int(record["label"])
+        except (OSError, ValueError, SyntaxError) as error:
+            raise UserError(f"{self.name}: record {index} is no picture ({brief(error)})") from error
+
+    @functools.cached_property
+    def labels(self) -> np.ndarray:
+        found = np.zeros(len(self), np.int32)
+        with progress(f"labels of {self.name}", len(self), "records") as shown:
+            for i in range(len(self)):
+                found[i] = self.records[i]["label"]
+                shown.update()
+        return found
+
+
+class ParsedRecords:
+    """Records of a file format that has no random access in TFDS: bytes, parsed by the set's features."""
+
+    def __init__(self, raw: "TfRecordFiles", features: Any, decoders: dict[str, Any]):
+        self.raw, self.features, self.decoders = raw, features, decoders
+
+    def __len__(self) -> int:
+        return len(self.raw)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.features.deserialize_example_np(self.raw[index], decoders=self.decoders)
+
+
+class TfRecordFiles:
+    """Random access to the records of TFRecord files, whose places are found by one walk over their lengths.
+
+    Raises:
+        UserError: a file ends inside a record.
+    """
+
+    def __init__(self, paths: Sequence[str]):
+        self.paths, self.places = paths, [record_places(path) for path in paths]
+        self.starts = [0, *itertools.accumulate(len(places) for places in self.places)]
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __getitem__(self, index: int) -> bytes:
+        file = bisect_right(self.starts, index) - 1
+        place, length = self.places[file][index - self.starts[file]]
+        with open(self.paths[file], "rb") as content:
+            content.seek(place)
+            return content.read(length)
+
+
+def record_places(path: str) -> list[tuple[int, int]]:
+    """Where each record of a TFRecord file begins, and how long it is. A record is its length (8 bytes), a checksum of
+    that (4), the bytes, and a checksum of them (4)."""
+    places: list[tuple[int, int]] = []
+    size, at = Path(path).stat().st_size, 0
+    with open(path, "rb") as file:
+        while at < size:
+            file.seek(at)
+            header = file.read(12)
+            length = struct.unpack("<Q", header[:8])[0] if len(header) == 12 else size
+            if at + 16 + length > size:
+                raise UserError(f"{path} ends inside record {len(places)}; prepare the set again")
+            places.append((at + 12, length))
+            at += 16 + length
+    return places
+
+
+class TfdsSplits:
+    """What a prepared set has: its splits as sources, names of classes, a fingerprint.
+
+    Raises:
+        UserError: no such set is prepared, or it is none of labelled images.
+    """
+
+    def __init__(self, name: str, directory: str, resolution: int):
+        import tensorflow_datasets as tfds  # takes a second
+
+        try:
+            builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=directory or None)
+        except (tfds.core.registered.DatasetNotFoundError, OSError, ValueError) as error:
+            raise UserError(
+                f"config.data.source is 'tfds:{name}', which is not prepared in "
+                f"{directory or 'TFDS_DATA_DIR or ~/tensorflow_datasets'}: run tfds build {name} "
+                "--file_format=array_record there, or set config.data.tfds_dir"
+            ) from error
+        features = builder.info.features
+        if not {"image", "label"} <= set(features) or not hasattr(features["label"], "names"):
+            raise UserError(f"tfds:{name} has {sorted(features)}; needed are an image and a label of named classes")
+        decoders = {"image": tfds.decode.SkipDecoding()}
+        self.class_names = tuple(features["label"].names)
+        self.sources: dict[str, TfdsSource] = {}
+        digest = hashlib.sha256(f"{builder.info.full_name} {resolution}".encode())
+        first_id = 0
+        for split in ("train", "validation", "test"):
+            if split not in builder.info.splits:
+                continue
+            info = builder.info.splits[split]
+            if builder.info.file_format == tfds.core.file_adapters.FileFormat.TFRECORD:
+                paths = [str(path) for path in info.filepaths]
+                records: Any = ParsedRecords(TfRecordFiles(paths), features, decoders)
+            else:
+                records = builder.as_data_source(split, decoders=decoders)
+            self.sources[split] = TfdsSource(f"tfds:{name} {split}", records, first_id, resolution)
+            first_id += len(records)
+            digest.update(f" {split} {info.shard_lengths} {info.num_bytes}".encode())
+        self.fingerprint = digest.hexdigest()
