@@ -1,6 +1,10 @@
 """Stage 3: images + tokenizer -> code records.
 
-python -m iar_jax.extract_codes --config=configs/mnist.py --workdir=runs/mnist
+    python -m iar_jax.extract_codes --config=configs/mnist.py --workdir=runs/mnist
+    python -m iar_jax.extract_codes --config=configs/mnist.py --workdir=runs/mnist --check
+
+The second form holds finished records against their images: it decodes some next to their originals into check.png,
+compares names, ids, labels and counts, and fails where records are not what the tokenizer makes of the images.
 """
 
 import dataclasses
@@ -12,17 +16,24 @@ from collections.abc import Callable, Iterator
 import grain
 import jax
 import numpy as np
+from absl import flags
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from PIL import Image
 
-from iar_jax.data import codes, preprocessing
+from iar_jax.data import code_statistics, codes, pictures, preprocessing
 from iar_jax.data.images import ImageDataset, ImageSource, open_images
 from iar_jax.models.build import load_tokenizer
 from iar_jax.runtime import artifacts, command_line, distributed, lock, sharding
+from iar_jax.runtime.errors import UserError
 from iar_jax.runtime.interruption import StopRequest, catch_stop_signals
 from iar_jax.runtime.progress import Progress, progress, say
+
+# Of a check: records that are decoded, those whose codes are counted, those in the picture; the least share of codes
+# that agree with a fresh encoding (rounding moves few), and of decoded records nearest to their own original.
+CHECKED, COUNTED, SHOWN = 64, 2000, 16
+AGREEMENT, RECOGNISED = 0.9, 0.9
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> None:
@@ -204,5 +215,92 @@ def encoded_batches(
         ]
 
 
+def run_check(config: ConfigDict, workdir: epath.Path) -> None:
+    """Holds the records of both splits against their images; leaves check.png in workdir/codes.
+
+    Raises:
+        UserError: they are not what the tokenizer makes of the images, or images and labels are others.
+    """
+    directory = artifacts.input_directory(config, workdir, "codes", "codes")
+    tokenizer_directory = artifacts.input_directory(config, workdir, "tokenizer", "tokenizer")
+    mesh = sharding.make_mesh(**config.mesh)
+    model, params, tokenizer = load_tokenizer(tokenizer_directory, mesh)
+    images = open_images(config.data)
+    rng = np.random.default_rng(config.seed)
+    usages, pairs = [], []
+    for split, kind in {"train": config.codes.crops, "val": "center"}.items():
+        metadata = artifacts.require(directory / split, "extract_codes")
+        source: ImageSource = getattr(images, split)
+        if metadata.inputs["tokenizer"] != tokenizer.fingerprint:
+            raise UserError(f"{directory / split} was made by another tokenizer than {tokenizer_directory}")
+        if metadata.figures["class_names"] != list(images.class_names):
+            raise UserError(f"{directory / split}: its class names are not those of {images.name}")
+        records = codes.RawRecords(directory / split)
+        if len(records) != len(source):
+            raise UserError(f"{directory / split} has {len(records)} records; {images.name} has {len(source)} images")
+        chosen = np.sort(rng.choice(len(source), min(CHECKED, len(source)), replace=False))
+        stored, originals = [], []
+        for index in chosen.tolist():
+            record, (picture, label) = records[index], source.example(index)
+            if (record.image_id, record.label) != (source.image_ids[index], label):
+                raise UserError(
+                    f"{directory / split}: record {index} is of image {record.image_id}, label {record.label}; "
+                    f"{images.name} has image {source.image_ids[index]}, label {label} there"
+                )
+            views = preprocessing.crops(
+                picture,
+                kind,
+                config.data.resolution,
+                max_shift=config.data.max_shift,
+                crop_ranges=config.codes.crop_ranges,
+            )
+            view = int(rng.integers(len(views)))
+            if len(views) != len(record.codes):
+                raise UserError(f"{directory / split}: record {index} has {len(record.codes)} crops, not {len(views)}")
+            stored.append(record.codes[view])
+            originals.append(preprocessing.to_unit_range(views[view]))
+        grid = np.stack(stored).reshape(len(stored), *2 * [round(len(stored[0]) ** 0.5)])
+        fresh = np.asarray(model.apply({"params": params}, np.stack(originals), method="encode"))
+        decoded = np.asarray(model.apply({"params": params}, grid, method="decode_codes"))
+        agreement = float(np.mean(fresh == grid))
+        errors = np.square(decoded[:, None] - np.stack(originals)[None]).mean(axis=(2, 3, 4))
+        recognised = float(np.mean(errors.argmin(axis=1) == np.arange(len(errors))))
+        psnr = float(np.mean(10 * np.log10(4 / np.maximum(np.diag(errors), 1e-12))))
+        some = np.linspace(0, len(records) - 1, min(len(records), COUNTED)).round().astype(int)
+        all_grids = np.concatenate([records[i].codes for i in some.tolist()]).reshape(-1, *grid.shape[1:])
+        usages.append(np.bincount(all_grids.ravel(), minlength=model.codebook_size))
+        right, down = (
+            code_statistics.neighbour_information(all_grids, model.codebook_size, *step) for step in ((0, 1), (1, 0))
+        )
+        say(
+            f"{split:6}{len(records):>9,} records; of {len(chosen)}: {agreement:.1%} of the codes are those of a fresh "
+            f"encoding, {recognised:.0%} decode nearest to their own original, PSNR {psnr:.1f} dB"
+        )
+        say(
+            f"{'':6}of {len(some):,}: {np.mean(usages[-1] > 0):.1%} of the codebook used, perplexity "
+            f"{code_statistics.perplexity(usages[-1]):.0f}; a code tells {right:.3f} nats of the one to its right, "
+            f"{down:.3f} of the one below"
+        )
+        pairs += [preprocessing.to_uint8(np.stack(originals)[:SHOWN]), preprocessing.to_uint8(decoded[:SHOWN])]
+        if agreement < AGREEMENT or recognised < RECOGNISED:
+            raise UserError(
+                f"{directory / split}: these records are not what {tokenizer_directory} makes of {images.name}: "
+                f"{agreement:.1%} of the codes agree with a fresh encoding ({AGREEMENT:.0%} at least), "
+                f"{recognised:.0%} decode nearest to their own original ({RECOGNISED:.0%} at least). Delete "
+                f"{directory} and extract again"
+            )
+    path = directory / "check.png"
+    rows = np.concatenate([np.concatenate([row, np.zeros_like(pairs[0])[: SHOWN - len(row)]]) for row in pairs])
+    pictures.write_png(path, pictures.image_grid(rows, SHOWN, pictures.scale_to_see(config.data.resolution)))
+    say(f"both   share {code_statistics.usage_overlap(*usages):.1%} of their usage of codes")
+    say(f"pictures {path} (of train and of val: originals, decoded records below)")
+
+
+def run_or_check(config: ConfigDict, workdir: epath.Path) -> None:
+    """The whole command."""
+    (run_check if flags.FLAGS.check else run)(config, workdir)
+
+
 if __name__ == "__main__":
-    command_line.main(run)
+    flags.DEFINE_bool("check", False, "Hold finished records against their images.")
+    command_line.main(run_or_check)

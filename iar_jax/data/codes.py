@@ -78,15 +78,28 @@ def fingerprint_records(paths: list[epath.Path]) -> str:
     return digest.hexdigest()
 
 
+class RawRecords:
+    """Random access to code records as they are stored, with the original ids."""
+
+    def __init__(self, directory: epath.Path):
+        self.source = ArrayRecordDataSource([str(path) for path in sorted(directory.glob("codes-*.array_record"))])
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> CodeRecord:
+        return unpack(self.source[index])
+
+
 def code_usage(directory: epath.Path, codebook_size: int) -> np.ndarray | None:
     """How often each code is used in a finished split of records, int [N]; None where there is none."""
     metadata = read_metadata(directory)
     if metadata is None or not metadata.finished:
         return None
     counts = np.zeros(codebook_size, np.int64)
-    source = ArrayRecordDataSource([str(path) for path in sorted(directory.glob("codes-*.array_record"))])
-    for i in range(len(source)):
-        counts += np.bincount(unpack(source[i]).codes.ravel(), minlength=codebook_size)
+    records = RawRecords(directory)
+    for i in range(len(records)):
+        counts += np.bincount(records[i].codes.ravel(), minlength=codebook_size)
     return counts
 
 

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from iar_jax.data import preprocessing
+from iar_jax.data.imagenet import check_class_order
 from iar_jax.data.tfds_images import TfdsSplits
 from iar_jax.runtime.errors import UserError
 from iar_jax.runtime.progress import progress, say
@@ -169,6 +170,7 @@ def tfds_set(name: str, directory: str, resolution: int, val_fraction: float) ->
         of_train, of_val = split_by_class(train.labels, val_fraction)
         train, val = Subset(train, of_train), Subset(train, of_val)
         fingerprint = hashlib.sha256(fingerprint.encode() + of_val.tobytes()).hexdigest()
+    check_class_order(found.class_names, f"tfds:{name}")
     return ImageDataset(f"tfds:{name}", train, val, found.class_names, fingerprint)
 
 
@@ -235,6 +237,7 @@ def image_folder(path: str, resolution: int, val_fraction: float, max_unreadable
             f"{path}: found {found} of the sub-folders that make classes; put the images of each class into a "
             "sub-folder of its own, two classes at least"
         )
+    check_class_order(tuple(class_names), path)
     real_root = os.path.realpath(root)
     files = []
     for label, name in enumerate(class_names):

@@ -12,10 +12,11 @@ import time
 
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 from safetensors.numpy import save_file
 
-from iar_jax.data import preprocessing
+from iar_jax.data import codes, preprocessing
 from tests import random_inception
 from tests.stages import (
     ROOT,
@@ -302,6 +303,29 @@ def test_two_processes_extract_and_sample_as_one(finished, tmp_path):
     # Rounding differs from batch to batch of the decoder, by a step of 255 at most.
     assert np.abs(images.astype(int) - expected).max() <= 1
     np.testing.assert_array_equal(np.load(ours / "labels.npy"), np.load(theirs / "labels.npy"))
+
+
+def test_extracted_codes_are_held_against_their_images(finished, copy):
+    done = call("extract_codes", copy, *TINY, "--check")
+    for split, count in (("train", "4,500"), ("val", "500")):
+        (line,) = (line for line in done.stdout.splitlines() if line.startswith(split))
+        assert f"{count} records" in line
+        assert float(line.split("of 64: ")[1].split("%")[0]) > 99
+    assert Image.open(copy / "codes" / "check.png").height > 0
+    # Codes of other images under the right names, as after a shuffle that forgot the labels' order.
+    (shard,) = (copy / "codes" / "val").glob("*.array_record")
+    records = codes.RawRecords(epath.Path(copy / "codes" / "val"))
+    everyone = [records[i] for i in range(len(records))]
+    moved = [dataclasses.replace(r, codes=everyone[i - 1].codes) for i, r in enumerate(everyone)]
+    codes.write_shard(epath.Path(shard), [codes.pack(record, 64) for record in moved])
+    done = call("extract_codes", copy, *TINY, "--check", check=False)
+    assert done.returncode == 2
+    assert "these records are not what" in done.stderr
+    moved = [dataclasses.replace(r, label=(r.label + 1) % 10) for r in everyone]
+    codes.write_shard(epath.Path(shard), [codes.pack(record, 64) for record in moved])
+    done = call("extract_codes", copy, *TINY, "--check", check=False)
+    assert done.returncode == 2
+    assert "label" in done.stderr
 
 
 def test_images_are_reduced_and_written_one_by_one_on_request(finished, copy):
