@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from iar_jax.interop.llamagen import load_tokenizer, load_transformer
+from iar_jax.runtime import sharding
 from iar_jax.runtime.errors import UserError
 from iar_jax.sampling.decoding import generate
 from iar_jax.sampling.pictures import sample_pictures
@@ -33,7 +34,9 @@ def test_the_same_codes_on_one_device_and_on_eight():
     labels = np.arange(16) % 3
     keys = jax.random.split(jax.random.key(0), 16)
     one = generate(module, params, labels, keys, cfg_scale=1.5, top_k=8)
-    mesh = jax.make_mesh((8,), ("data",))
-    spread = jax.device_put((jnp.asarray(labels), keys), jax.NamedSharding(mesh, jax.P("data")))
-    eight = generate(module, params, *spread, cfg_scale=1.5, top_k=8)
-    np.testing.assert_array_equal(one, eight)
+    for shape in ((8, 1, 1), (2, 2, 2)):
+        mesh = sharding.make_mesh(*shape)
+        spread = jax.device_put((jnp.asarray(labels), keys), sharding.batch_sharding(mesh))
+        with sharding.use_mesh(mesh):
+            eight = generate(module, params, *spread, cfg_scale=1.5, top_k=8)
+        np.testing.assert_array_equal(one, eight)
