@@ -104,7 +104,7 @@ def get_config(arg: str = "B,256") -> ConfigDict:
     sampling = config.sampling
     sampling.num_images = 50_000
     sampling.labels = "uniform"  # drawn at random, as LlamaGen does; not 50 a class
-    sampling.image_size = 256  # 384-px models are decoded at 384 and scored at 256
+    sampling.image_size = 256 if resolution == 384 else 0  # 384-px models are decoded at 384 and scored at 256
     sampling.cfg_scale = CFG_SCALES.get((name, resolution), 1.75)
     return config
 
