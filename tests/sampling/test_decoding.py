@@ -55,6 +55,23 @@ def test_decoding_with_the_cache_is_the_full_forward_pass(shape):
             cache = grown(cache, room)
 
 
+def test_bfloat16_has_a_cache_of_its_own_and_stays_near_float32():
+    module = small(dtype=jnp.bfloat16)
+    params = initial(module)
+    assert {leaf.dtype for leaf in jax.tree.leaves(empty_cache(module, 2, 8))} == {jnp.dtype(jnp.bfloat16)}
+    labels, keys = jnp.array([2, 0]), jax.random.split(jax.random.key(0), 2)
+    codes = generate(module, params, labels, keys, cfg_scale=1.5)
+    assert ((codes >= 0) & (codes < 32)).all()
+    weights, cache, recent = decode_weights(module, params), empty_cache(module, 2, 9), empty_recent(module, 2)
+    x = module.apply({"params": params}, labels, method="embed_labels")[:, 0]
+    expected = small().apply({"params": params}, labels, codes)
+    for t in range(block_length(module)):
+        logits, recent, _ = decode_step(module, weights, x, jnp.int32(t), cache, recent)
+        # bfloat16 has 8 bits, and there are some ten roundings on the way.
+        assert np.abs(logits.astype(jnp.float32) - expected[:, t]).max() < 10 * 2**-8 * np.abs(expected).max()
+        x = embed(weights, codes[:, t])
+
+
 @pytest.mark.parametrize(("cfg_scale", "name"), [(2.0, "greedy_cfg2"), (1.0, "greedy_nocfg")])
 def test_greedy_samples_are_the_golden_ones(golden, cfg_scale, name):
     module, params = load_transformer(golden("gpt_tiny.pt"), num_heads=4, grid_size=4)
