@@ -46,6 +46,7 @@ IMMATERIAL_FIELDS = {
     "model.attention_block",
     "model.scan_unroll",
     "model.remat",
+    "data.tfds_dir",
     "codes.batch_size",
     "sampling.batch_size",
     "sampling.write_pngs",

@@ -4,14 +4,17 @@ The golden set was written by `tfds.dataset_builders.store_as_tfds_dataset`, 12 
 pixels in both file formats, with labels 0, 1, 2, 0, ... by the number that makes a picture's height.
 """
 
+import io
 import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from iar_jax.data.images import open_images
+from iar_jax.data.tfds_images import TfdsSource
 from iar_jax.runtime.default_config import default_config
 from iar_jax.runtime.errors import UserError
 
@@ -37,6 +40,35 @@ def test_a_prepared_set_is_read_in_both_formats(golden, file_format):
         np.testing.assert_array_equal(source.labels, [label for _, label in examples])
         assert source[0]["image"].shape == (8, 8, 3)
     assert not set(images.train.image_ids) & set(images.val.image_ids)
+
+
+def encoded(image, file_format, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def test_pictures_are_converted_as_adm_does():
+    rng = np.random.default_rng(0)
+    colours = Image.fromarray(rng.integers(0, 256, (9, 7, 4), dtype=np.uint8), "RGBA")
+    turned = colours.convert("RGB").getexif()
+    turned[0x0112] = 6
+    grey = Image.fromarray(rng.integers(0, 256, (9, 7), dtype=np.uint8))
+    cmyk = Image.fromarray(rng.integers(0, 256, (9, 7, 4), dtype=np.uint8), "CMYK")
+    files = [
+        encoded(colours, "PNG"),
+        encoded(colours.convert("RGB"), "PNG", exif=turned),
+        encoded(grey, "PNG"),
+        encoded(cmyk, "JPEG"),
+    ]
+    source = TfdsSource("some", [{"image": content, "label": 0} for content in files], 0, 4)
+    transparency_dropped, not_turned, three_channels, from_cmyk = (np.asarray(source.example(i)[0]) for i in range(4))
+    np.testing.assert_array_equal(transparency_dropped, np.asarray(colours)[..., :3])
+    np.testing.assert_array_equal(not_turned, np.asarray(colours)[..., :3])
+    np.testing.assert_array_equal(three_channels, np.repeat(np.asarray(grey)[..., None], 3, axis=-1))
+    np.testing.assert_array_equal(from_cmyk, np.asarray(Image.open(io.BytesIO(files[3])).convert("RGB")))
+    with pytest.raises(UserError, match="some: record 0 is no picture"):
+        TfdsSource("some", [{"image": b"nothing", "label": 0}], 0, 4).example(0)
 
 
 def test_tensorflow_is_not_imported(golden):
