@@ -35,6 +35,9 @@ from iar_jax.runtime.progress import Progress, progress, say
 CHECKED, COUNTED, SHOWN = 64, 2000, 16
 AGREEMENT, RECOGNISED = 0.9, 0.9
 
+# Codes [B, crops, L] and labels of a whole batch, from this process' crops and labels of it.
+EncodeBatch = Callable[[dict[str, np.ndarray]], tuple[np.ndarray, np.ndarray]]
+
 
 def run(config: ConfigDict, workdir: epath.Path) -> None:
     """Encodes all crops of every picture of both splits into workdir/codes/train and workdir/codes/val."""
@@ -69,13 +72,12 @@ def extract_splits(
     model, params, _ = load_tokenizer(tokenizer_directory, mesh)
     encode = jax.jit(lambda params, images: model.apply({"params": params}, images, method="encode"))
 
-    def encode_pictures(crops: np.ndarray) -> np.ndarray:
+    def encode_batch(batch: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        crops = batch["image"]
         flat = preprocessing.to_unit_range(crops.reshape(-1, *crops.shape[2:]))
         found = distributed.to_host(encode(params, sharding.global_batch(mesh, flat)))
-        return found.reshape(-1, crops.shape[1], found[0].size)
-
-    def gather(rows: np.ndarray) -> np.ndarray:
-        return distributed.to_host(sharding.global_batch(mesh, rows))
+        labels = distributed.to_host(sharding.global_batch(mesh, batch["label"]))
+        return found.reshape(-1, crops.shape[1], found[0].size), labels
 
     for split, kind in splits.items():
         directory, source = codes_directory / split, getattr(images, split)
@@ -84,7 +86,7 @@ def extract_splits(
             pace = extract(
                 source,
                 directory,
-                encode_pictures,
+                encode_batch,
                 config.codes,
                 functools.partial(
                     preprocessing.crops,
@@ -93,7 +95,6 @@ def extract_splits(
                     max_shift=config.data.max_shift,
                     crop_ranges=config.codes.crop_ranges,
                 ),
-                gather,
                 sharding.local_part(mesh),
                 model.codebook_size,
                 shown,
@@ -135,10 +136,9 @@ class Pace:
 def extract(
     source: ImageSource,
     directory: epath.Path,
-    encode_pictures: Callable[[np.ndarray], np.ndarray],
+    encode_batch: EncodeBatch,
     section: ConfigDict,
     crop: Callable[[Image.Image], np.ndarray],
-    gather: Callable[[np.ndarray], np.ndarray],
     part: tuple[int, int],
     codebook_size: int,
     shown: Progress,
@@ -158,9 +158,7 @@ def extract(
         indices = range(shard * section.images_per_shard, min((shard + 1) * section.images_per_shard, len(source)))
         if not distributed.from_first(path.exists()):
             records = []
-            for batch in encoded_batches(
-                source, indices, encode_pictures, section.batch_size, crop, gather, part, pace
-            ):
+            for batch in encoded_batches(source, indices, encode_batch, section.batch_size, crop, part, pace):
                 records += batch
                 stop.obey(f"extract_codes stopped in file {shard + 1} of {num_shards}; those before it are kept")
             if distributed.is_first():
@@ -173,17 +171,15 @@ def extract(
 def encoded_batches(
     source: ImageSource,
     indices: range,
-    encode_pictures: Callable[[np.ndarray], np.ndarray],
+    encode_batch: EncodeBatch,
     batch_size: int,
     crop: Callable[[Image.Image], np.ndarray],
-    gather: Callable[[np.ndarray], np.ndarray],
     part: tuple[int, int],
     pace: Pace,
 ) -> Iterator[list[codes.CodeRecord]]:
     """Code records of the pictures at `indices`, in their order; host threads prepare while devices encode.
 
     Args:
-        gather: all rows of a batch from each process' part of them.
         part: which of how many parts of each batch this process prepares.
     """
     blocks = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
@@ -205,7 +201,7 @@ def encoded_batches(
     before = time.monotonic()
     for block, batch in zip(blocks, batches, strict=True):
         ready = time.monotonic()
-        found, labels = encode_pictures(batch["image"]), gather(batch["label"])
+        found, labels = encode_batch(batch)
         pace.images += len(block)
         pace.waiting += ready - before
         pace.seconds += time.monotonic() - before

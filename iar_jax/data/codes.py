@@ -79,16 +79,35 @@ def fingerprint_records(paths: list[epath.Path]) -> str:
 
 
 class RawRecords:
-    """Random access to code records as they are stored, with the original ids."""
+    """Random access to code records as they are stored, with the original ids.
+
+    Raises:
+        UserError: from the constructor where shards are missing, from a read where a record is damaged.
+    """
 
     def __init__(self, directory: epath.Path):
-        self.source = ArrayRecordDataSource([str(path) for path in sorted(directory.glob("codes-*.array_record"))])
+        self.paths = sorted(str(path) for path in directory.glob("codes-*.array_record"))
+        promised = int(self.paths[0].rsplit("-", 1)[1].split(".")[0]) if self.paths else 0
+        if not self.paths or len(self.paths) != promised:
+            raise UserError(
+                f"{directory} has {len(self.paths)} of {promised or 'its'} code files; run python -m "
+                "iar_jax.extract_codes again"
+            )
+        try:
+            self.source = ArrayRecordDataSource(self.paths)
+        except Exception as error:  # of many kinds, for files that are no ArrayRecord any more
+            raise UserError(f"{directory}: its code files cannot be read ({brief(error)}); {MAKE_AGAIN}") from error
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> CodeRecord:
-        return unpack(self.source[index])
+        try:
+            return unpack(self.source[index])
+        except Exception as error:  # ArrayRecord checks what it reads, and raises several kinds
+            raise UserError(
+                f"record {index} of {self.paths[0]} and its shards cannot be read ({brief(error)}); {MAKE_AGAIN}"
+            ) from error
 
 
 def code_usage(directory: epath.Path, codebook_size: int) -> np.ndarray | None:
@@ -146,33 +165,18 @@ class CodeSource:
     """
 
     def __init__(self, directory: epath.Path, permutation: Permutation, num_classes: int):
-        self.paths = sorted(str(path) for path in directory.glob("codes-*.array_record"))
-        promised = int(self.paths[0].rsplit("-", 1)[1].split(".")[0]) if self.paths else 0
-        if not self.paths or len(self.paths) != promised:
-            raise UserError(
-                f"{directory} has {len(self.paths)} of {promised or 'its'} code files; run python -m "
-                "iar_jax.extract_codes again"
-            )
-        try:
-            self.source = ArrayRecordDataSource(self.paths)
-        except Exception as error:  # of many kinds, for files that are no ArrayRecord any more
-            raise UserError(f"{directory}: its code files cannot be read ({brief(error)}); {MAKE_AGAIN}") from error
+        self.records = RawRecords(directory)
         self.permutation = permutation
         self.num_classes = num_classes
 
     def __repr__(self) -> str:
-        return f"CodeSource({self.paths})"
+        return f"CodeSource({self.records.paths})"
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self.records)
 
     def __getitem__(self, index: int) -> dict:
-        try:
-            record = unpack(self.source[index])
-        except Exception as error:  # ArrayRecord checks what it reads, and raises several kinds
-            raise UserError(
-                f"record {index} of {self.paths[0]} and its shards cannot be read ({brief(error)}); {MAKE_AGAIN}"
-            ) from error
+        record = self.records[index]
         if record.codes.size and not 0 <= record.codes.min() <= record.codes.max() < len(self.permutation.old_to_new):
             raise UserError(
                 f"record {index} (image {record.image_id}) has the code {record.codes.max()}; the codebook has "
