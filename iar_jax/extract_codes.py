@@ -231,7 +231,7 @@ def run_check(config: ConfigDict, workdir: epath.Path) -> None:
             raise UserError(f"{directory / split} was made by another tokenizer than {tokenizer_directory}")
         if metadata.figures["class_names"] != list(images.class_names):
             raise UserError(f"{directory / split}: its class names are not those of {images.name}")
-        records = codes.RawRecords(directory / split)
+        records = codes.RawRecords(directory / split, model.codebook_size)
         if len(records) != len(source):
             raise UserError(f"{directory / split} has {len(records)} records; {images.name} has {len(source)} images")
         chosen = np.sort(rng.choice(len(source), min(CHECKED, len(source)), replace=False))

@@ -82,10 +82,12 @@ class RawRecords:
     """Random access to code records as they are stored, with the original ids.
 
     Raises:
-        UserError: from the constructor where shards are missing, from a read where a record is damaged.
+        UserError: from the constructor where shards are missing, from a read where a record is damaged or has a code
+            that the codebook has not.
     """
 
-    def __init__(self, directory: epath.Path):
+    def __init__(self, directory: epath.Path, codebook_size: int):
+        self.codebook_size = codebook_size
         self.paths = sorted(str(path) for path in directory.glob("codes-*.array_record"))
         promised = int(self.paths[0].rsplit("-", 1)[1].split(".")[0]) if self.paths else 0
         if not self.paths or len(self.paths) != promised:
@@ -103,11 +105,17 @@ class RawRecords:
 
     def __getitem__(self, index: int) -> CodeRecord:
         try:
-            return unpack(self.source[index])
+            record = unpack(self.source[index])
         except Exception as error:  # ArrayRecord checks what it reads, and raises several kinds
             raise UserError(
                 f"record {index} of {self.paths[0]} and its shards cannot be read ({brief(error)}); {MAKE_AGAIN}"
             ) from error
+        if record.codes.size and not 0 <= record.codes.min() <= record.codes.max() < self.codebook_size:
+            raise UserError(
+                f"record {index} (image {record.image_id}) has the code {record.codes.max()}; the codebook has "
+                f"{self.codebook_size}: these codes are of another tokenizer, or damaged"
+            )
+        return record
 
 
 def code_usage(directory: epath.Path, codebook_size: int) -> np.ndarray | None:
@@ -116,7 +124,7 @@ def code_usage(directory: epath.Path, codebook_size: int) -> np.ndarray | None:
     if metadata is None or not metadata.finished:
         return None
     counts = np.zeros(codebook_size, np.int64)
-    records = RawRecords(directory)
+    records = RawRecords(directory, codebook_size)
     for i in range(len(records)):
         counts += np.bincount(records[i].codes.ravel(), minlength=codebook_size)
     return counts
@@ -165,7 +173,7 @@ class CodeSource:
     """
 
     def __init__(self, directory: epath.Path, permutation: Permutation, num_classes: int):
-        self.records = RawRecords(directory)
+        self.records = RawRecords(directory, len(permutation.old_to_new))
         self.permutation = permutation
         self.num_classes = num_classes
 
@@ -177,11 +185,6 @@ class CodeSource:
 
     def __getitem__(self, index: int) -> dict:
         record = self.records[index]
-        if record.codes.size and not 0 <= record.codes.min() <= record.codes.max() < len(self.permutation.old_to_new):
-            raise UserError(
-                f"record {index} (image {record.image_id}) has the code {record.codes.max()}; the codebook has "
-                f"{len(self.permutation.old_to_new)}: these codes are of another tokenizer, or damaged"
-            )
         if not 0 <= record.label < self.num_classes:
             raise UserError(
                 f"record {index} (image {record.image_id}) has the label {record.label}; there are "

@@ -1,10 +1,10 @@
 """One step of decoding: the transformer for a single position of each row, with its keys and values kept.
 
 The same function as `Transformer`, laid out for what a step costs, which is reading weights and cache: weights lie
-[out, in] and are cast and padded once before the first step, keys lie [K, T] and values [T, K] so that sums over both
-run along contiguous rows. A key written there touches as many cache lines as it has numbers, so the last few positions
-lie by themselves, [R, K], and are moved together. The cache has room for the positions of a part of the decoding alone,
-and grows from part to part.
+[out, in] and activations [D, B], so that products take weights as they lie; they are cast and padded once before the
+first step. Keys lie [K, T] and values [T, K], so that sums over both run along contiguous rows. A key written there
+touches as many cache lines as it has numbers, so the last few keys lie by themselves, [R, K], and are moved together.
+The cache has room for the positions of a part of the decoding alone, and grows from part to part.
 """
 
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from iar_jax.models.transformer import Transformer
 
 # Heads are padded with zeros to a multiple of so many dimensions, for aligned reads: 3B's have 100.
 HEAD_DIM_MULTIPLE = 8
-# Positions that are moved to the long cache together.
+# Positions whose keys are moved to where the others lie together.
 RECENT = 8
 
 
@@ -46,17 +46,12 @@ class DecodeWeights(NamedTuple):
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer at whole blocks of R positions, the class token first."""
+    """Keys and values of one layer, the class token first; keys of the block of R positions that is being decoded lie
+    in `recent_keys` until the block is done."""
 
     keys: Float[Array, "B KV K T"]
+    recent_keys: Float[Array, "B KV R K"]
     values: Float[Array, "B KV T K"]
-
-
-class RecentCache(NamedTuple):
-    """Keys and values of one layer in the block of R positions that is being decoded."""
-
-    keys: Float[Array, "B KV R K"]
-    values: Float[Array, "B KV R K"]
 
 
 def block_length(module: Transformer) -> int:
@@ -107,132 +102,119 @@ def empty_cache(module: Transformer, batch_size: int, length: int) -> list[Layer
         return nn.with_logical_constraint(jnp.zeros(shape, module.dtype), ("batch", "heads", None, None))
 
     return [
-        LayerCache(zeros(batch_size, kv_heads, head_dim, length), zeros(batch_size, kv_heads, length, head_dim))
+        LayerCache(
+            keys=zeros(batch_size, kv_heads, head_dim, length),
+            recent_keys=zeros(batch_size, kv_heads, block_length(module), head_dim),
+            values=zeros(batch_size, kv_heads, length, head_dim),
+        )
         for _ in range(module.num_layers)
     ]
-
-
-def empty_recent(module: Transformer, batch_size: int) -> list[RecentCache]:
-    """Zeros for the block that is being decoded, of every layer."""
-    shape = (batch_size, module.block_fields()["num_kv_heads"], block_length(module), padded_head_dim(module))
-    zeros = nn.with_logical_constraint(jnp.zeros(shape, module.dtype), ("batch", "heads", None, None))
-    return [RecentCache(zeros, zeros) for _ in range(module.num_layers)]
 
 
 def grown(cache: list[LayerCache], length: int) -> list[LayerCache]:
     """The cache with room for `length` positions."""
     more = length - cache[0].keys.shape[-1]
     return [
-        LayerCache(
-            jnp.pad(layer.keys, ((0, 0), (0, 0), (0, 0), (0, more))),
-            jnp.pad(layer.values, ((0, 0), (0, 0), (0, more), (0, 0))),
+        layer._replace(
+            keys=jnp.pad(layer.keys, ((0, 0), (0, 0), (0, 0), (0, more))),
+            values=jnp.pad(layer.values, ((0, 0), (0, 0), (0, more), (0, 0))),
         )
         for layer in cache
     ]
 
 
-def moved(cache: list[LayerCache], recent: list[RecentCache], start: Int[Array, ""]) -> list[LayerCache]:
-    """The cache with a finished block, whose first position is `start`, written in."""
+def moved(cache: list[LayerCache], start: Int[Array, ""]) -> list[LayerCache]:
+    """The cache with the recent keys, the first of which belongs to position `start`, among the others."""
     return [
-        LayerCache(
-            jax.lax.dynamic_update_slice_in_dim(layer.keys, block.keys.swapaxes(2, 3), start, axis=3),
-            jax.lax.dynamic_update_slice_in_dim(layer.values, block.values, start, axis=2),
+        layer._replace(
+            keys=jax.lax.dynamic_update_slice_in_dim(layer.keys, layer.recent_keys.swapaxes(2, 3), start, axis=3)
         )
-        for layer, block in zip(cache, recent, strict=True)
+        for layer in cache
     ]
 
 
 def decode_step(
     module: Transformer,
     weights: DecodeWeights,
-    x: Float[Array, "B D"],
+    x: Float[Array, "D B"],
     position: Int[Array, ""],
     cache: list[LayerCache],
-    recent: list[RecentCache],
-) -> tuple[Float[Array, "B V"], list[RecentCache], Float[Array, " B"]]:
-    """Logits for the code at `position` from its input embedding, the recent block with that input written in, and the
-    last layer's attention to the class token, the mean over heads.
+) -> tuple[Float[Array, "V B"], list[LayerCache], Float[Array, " B"]]:
+    """Logits for the code at `position` from its input embedding, the cache with that input written in, and the last
+    layer's attention to the class token, the mean over heads.
 
     Args:
-        cache: all blocks before the one of `position`, at least; it may have room for more.
+        cache: of all positions before, with room for this one; keys of finished blocks have been moved.
     """
     rope = jax.lax.dynamic_slice_in_dim(weights.rope, position, 1)[0]
-    to_class = jnp.zeros(x.shape[0])
-    new_recent = []
-    for layer, layer_cache, layer_recent in zip(weights.layers, cache, recent, strict=True):
+    num_rows = x.shape[1]
+    to_class = jnp.zeros(num_rows)
+    new_cache = []
+    for layer, layer_cache in zip(weights.layers, cache, strict=True):
         normed = rms_norm(x, layer.attention_norm, module.norm_eps)
-        qkv = product(normed, layer.qkv.reshape(-1, module.dim)).reshape(-1, *layer.qkv.shape[:3])
-        qkv = nn.with_logical_constraint(qkv, ("batch", "heads", None, None))
-        qk = turn(qkv[:, :, :-1], rope)
+        qkv = (layer.qkv.reshape(-1, module.dim) @ normed).reshape(*layer.qkv.shape[:3], num_rows)
+        qkv = nn.with_logical_constraint(qkv, ("heads", None, None, "batch"))
+        qk, v = jnp.moveaxis(turn(qkv[:, :-1], rope), -1, 0), jnp.moveaxis(qkv[:, -1:], -1, 0)
         offset = position % block_length(module)
-        layer_recent = RecentCache(
-            jax.lax.dynamic_update_slice_in_dim(layer_recent.keys, qk[:, :, -1:], offset, axis=2),
-            jax.lax.dynamic_update_slice_in_dim(layer_recent.values, qkv[:, :, -1:], offset, axis=2),
+        layer_cache = layer_cache._replace(
+            recent_keys=jax.lax.dynamic_update_slice_in_dim(layer_cache.recent_keys, qk[:, :, -1:], offset, axis=2),
+            values=jax.lax.dynamic_update_slice_in_dim(layer_cache.values, v, position, axis=2),
         )
         scale = (module.dim // module.num_heads) ** -0.5
-        out, to_class = attend(qk[:, :, :-1], scale, position, layer_cache, layer_recent)
-        x = x + product(out.reshape(x.shape[0], -1).astype(x.dtype), layer.out.reshape(module.dim, -1))
+        out, to_class = attend(qk[:, :, :-1], scale, position, layer_cache)
+        x = x + layer.out.reshape(module.dim, -1) @ out.reshape(num_rows, -1).T.astype(x.dtype)
         normed = rms_norm(x, layer.ffn_norm, module.norm_eps)
-        hidden = product(normed, layer.gate_and_up.reshape(-1, module.dim)).reshape(-1, 2, module.hidden_dim)
-        hidden = nn.with_logical_constraint(hidden, ("batch", None, "hidden"))
-        x = x + product(nn.silu(hidden[:, 0]) * hidden[:, 1], layer.down)
-        new_recent.append(layer_recent)
-    logits = product(rms_norm(x, weights.norm, module.norm_eps), weights.head)
-    return nn.with_logical_constraint(logits, ("batch", "vocab")), new_recent, to_class
+        gate, up = (layer.gate_and_up.reshape(-1, module.dim) @ normed).reshape(2, module.hidden_dim, num_rows)
+        x = x + layer.down @ nn.with_logical_constraint(nn.silu(gate) * up, ("hidden", "batch"))
+        new_cache.append(layer_cache)
+    logits = weights.head @ rms_norm(x, weights.norm, module.norm_eps)
+    return nn.with_logical_constraint(logits, ("vocab", "batch")), new_cache, to_class
 
 
 def attend(
-    q: Float[Array, "B KV G K"], scale: float, position: Int[Array, ""], cache: LayerCache, recent: RecentCache
+    q: Float[Array, "B KV G K"], scale: float, position: Int[Array, ""], cache: LayerCache
 ) -> tuple[Float[Array, "B KV G K"], Float[Array, " B"]]:
     """Attention of one query a head to all positions so far, in float32; and how much of it the class token gets.
 
-    Products are sums of elementwise products: with one query there is nothing to gain from a matrix unit, and the cache
-    is read once, as it lies. Queries that share keys go one after the other, and scores are scaled after the sum: XLA's
-    CPU loops over five axes are ten times slower, those that scale queries inside the sum a third.
+    The long products are sums of elementwise products: with one query there is nothing to gain from a matrix unit, and
+    the cache is read once, as it lies. Queries that share keys go one after the other, and scores are scaled after the
+    sum: XLA's CPU loops over five axes are ten times slower, those that scale queries inside the sum a third.
     """
-    keys, values, near_keys, near_values = (
-        array.astype(jnp.float32) for array in (cache.keys, cache.values, recent.keys, recent.values)
-    )
-    offset = position % near_keys.shape[2]
-    before = jnp.arange(keys.shape[3]) < position - offset
-    within = jnp.arange(near_keys.shape[2]) <= offset
+    keys, recent_keys, values = (array.astype(jnp.float32) for array in cache)
+    num_recent = recent_keys.shape[2]
+    so_far = jnp.arange(keys.shape[3]) <= position
 
     def one(query):
         query = query.astype(jnp.float32)
-        far = jnp.where(before, scale * jnp.sum(query[..., None] * keys, axis=2), -jnp.inf)
-        near = jnp.where(within, scale * jnp.sum(query[:, :, None] * near_keys, axis=3), -jnp.inf)
-        largest = jnp.maximum(jnp.max(far, axis=-1), jnp.max(near, axis=-1))[..., None]
-        far, near = jnp.exp(far - largest), jnp.exp(near - largest)
-        total = jnp.sum(far, axis=-1) + jnp.sum(near, axis=-1)
-        out = jnp.sum(far[..., None] * values, axis=2) + jnp.sum(near[..., None] * near_values, axis=2)
-        first = jnp.where(position < near_keys.shape[2], near[..., 0], far[..., 0])
-        return out / total[..., None], first / total
+        scores = scale * jnp.sum(query[..., None] * keys, axis=2)
+        recent = scale * jnp.einsum("bhk,bhrk->bhr", query, recent_keys)
+        scores = jax.lax.dynamic_update_slice_in_dim(scores, recent, position // num_recent * num_recent, axis=2)
+        scores = jnp.where(so_far, scores, -jnp.inf)
+        largest = jnp.max(scores, axis=-1, keepdims=True)
+        weights = jnp.exp(scores - largest)
+        total = jnp.sum(weights, axis=-1)
+        return jnp.sum(weights[..., None] * values, axis=2) / total[..., None], weights[..., 0] / total
 
     out, to_class = zip(*(one(q[:, :, g]) for g in range(q.shape[2])), strict=True)
     return jnp.stack(out, axis=2), jnp.mean(jnp.stack(to_class), axis=(0, 2))
 
 
-def embed(weights: DecodeWeights, codes: Int[Array, " B"]) -> Float[Array, "B D"]:
+def embed(weights: DecodeWeights, codes: Int[Array, " B"]) -> Float[Array, "D B"]:
     """The inputs that codes become."""
-    return nn.with_logical_constraint(weights.tokens[codes], ("batch", None))
+    return nn.with_logical_constraint(weights.tokens[codes].T, (None, "batch"))
 
 
-def product(x: Float[Array, "B I"], weight: Float[Array, "O I"]) -> Float[Array, "B O"]:
-    """x times the transposed weight; with the weight as the left factor, which is faster where rows are few."""
-    return (weight @ x.T).T
-
-
-def rms_norm(x: Float[Array, "B D"], weight: Float[Array, " D"], epsilon: float) -> Float[Array, "B D"]:
+def rms_norm(x: Float[Array, "D B"], weight: Float[Array, " D"], epsilon: float) -> Float[Array, "D B"]:
     """As `transformer.RMSNorm`."""
     x32 = x.astype(jnp.float32)
-    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
-    return normed.astype(x.dtype) * weight
+    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=0) + epsilon)
+    return normed.astype(x.dtype) * weight[:, None]
 
 
-def turn(x: Float[Array, "B KV G K"], rope: Float[Array, "half 2"]) -> Float[Array, "B KV G K"]:
+def turn(x: Float[Array, "KV G K B"], rope: Float[Array, "half 2"]) -> Float[Array, "KV G K B"]:
     """As `rope.apply_rope`, at one position."""
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-    cos, sin = rope[:, 0], rope[:, 1]
-    first, second = pairs[..., 0], pairs[..., 1]
-    turned = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:2], -1, 2, x.shape[-1])
+    cos, sin = rope[:, :1], rope[:, 1:]
+    first, second = pairs[..., 0, :], pairs[..., 1, :]
+    turned = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-2)
     return turned.reshape(x.shape).astype(x.dtype)

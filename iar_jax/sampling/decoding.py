@@ -14,7 +14,6 @@ from iar_jax.models.decode_step import (
     decode_weights,
     embed,
     empty_cache,
-    empty_recent,
     grown,
     moved,
 )
@@ -24,7 +23,7 @@ from iar_jax.sampling.guidance import CONSTANT, Schedule
 
 # The cache grows this many times on the way, so that a step reads few positions that hold nothing yet; each time costs
 # a compilation of the step. Short sequences do without.
-NUM_PARTS = 4
+NUM_PARTS = 8
 SHORT = 128
 
 
@@ -97,33 +96,30 @@ def _generate(module, params, labels, keys, cfg_scale, temperature, *, guided, t
     if guided:
         labels = jnp.concatenate([labels, jnp.full_like(labels, module.null_class)])
 
-    def choose(logits: Float[Array, "B V"], to_class, position):
+    def choose(logits: Float[Array, "V B"], to_class, position):
         logits = logits.astype(jnp.float32)
         if guided:
             to_class = jnp.split(to_class, 2)[0]
             scale = guidance.scale_at(schedule, cfg_scale, position, module.num_tokens, to_class)
             logits = guidance.guide(logits, scale)
         if greedy:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+            return jnp.argmax(logits, axis=0).astype(jnp.int32)
         step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, position)
         uniform = jax.vmap(jax.random.uniform)(step_keys)
         return guidance.draw(logits, uniform, temperature, top_k=top_k, top_p=top_p)
 
     def decode_block(carry, start):
-        x, cache = carry
-
         def step(carry, position):
-            x, recent = carry
-            logits, recent, to_class = decode_step(module, weights, x, position, cache, recent)
+            x, cache = carry
+            logits, cache, to_class = decode_step(module, weights, x, position, cache)
             codes = choose(logits, to_class, position)
             inputs = jnp.concatenate([codes, codes]) if guided else codes
-            return (embed(weights, inputs), recent), codes
+            return (embed(weights, inputs), cache), codes
 
-        recent = empty_recent(module, x.shape[0])
-        (x, recent), codes = jax.lax.scan(step, (x, recent), start + jnp.arange(block))
-        return (x, moved(cache, recent, start)), codes
+        (x, cache), codes = jax.lax.scan(step, carry, start + jnp.arange(block))
+        return (x, moved(cache, start)), codes
 
-    x = module.apply({"params": params}, labels, method="embed_labels")[:, 0]
+    x = module.apply({"params": params}, labels, method="embed_labels")[:, 0].T
     cache, found, begin = empty_cache(module, labels.shape[0], 0), [], 0
     for end in part_ends(module):
         (x, cache), codes = jax.lax.scan(decode_block, (x, grown(cache, end)), jnp.arange(begin, end, block))

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from iar_jax.data import pictures, preprocessing
+from iar_jax.data.images import read_image
+from iar_jax.data.tfds_images import TfdsSource
 
 
 def test_transparency_lies_over_white_in_every_mode():
@@ -98,6 +100,19 @@ def test_ten_crops_are_torchvisions(size):
             for j, (top, left) in enumerate(corners):
                 np.testing.assert_array_equal(found[first + 5 * i + j], picture[top : top + 32, left : left + 32])
         np.testing.assert_array_equal(found[first + 5][:, ::-1], whole[:32, far:])
+
+
+@pytest.mark.parametrize("name", ["grey.png", "cmyk.jpg", "alpha.png", "turned.jpg", "odd.png", "small.png"])
+def test_files_of_all_kinds_become_the_crops_of_torchvision(golden, tmp_path, name):
+    # Made with `ten_crop` of torchvision 0.28 and Pillow 13 after ADM's centre crop, at ranges 1.1 and 1.05: "adm" of
+    # the picture converted to RGB as it lies, "folder" of it turned as its EXIF says and laid over white.
+    expected = np.load(golden("ten_crop.npz"))
+    content = expected[f"file/{name}"].tobytes()
+    (tmp_path / name).write_bytes(content)
+    records = TfdsSource("set", [{"image": content, "label": 3}], 0, 24)
+    for kind, picture in (("folder", read_image(str(tmp_path / name))), ("adm", records.example(0)[0])):
+        found = preprocessing.crops(picture, "ten_crop", 24, max_shift=0, crop_ranges=(1.1, 1.05))
+        np.testing.assert_array_equal(found, expected[f"{kind}/{name}"])
 
 
 def test_random_crops_keep_the_size_and_depend_on_the_generator_alone():

@@ -328,7 +328,7 @@ def test_extracted_codes_are_held_against_their_images(copy, monkeypatch, capsys
     assert Image.open(copy / "codes" / "check.png").height > 0
     # Codes of other images under the right names, as after a shuffle that forgot the labels' order.
     (shard,) = (workdir / "codes" / "val").glob("*.array_record")
-    records = codes.RawRecords(workdir / "codes" / "val")
+    records = codes.RawRecords(workdir / "codes" / "val", 64)
     everyone = [records[i] for i in range(len(records))]
     moved = [dataclasses.replace(r, codes=everyone[i - 1].codes) for i, r in enumerate(everyone)]
     codes.write_shard(shard, [codes.pack(record, 64) for record in moved])
@@ -337,6 +337,10 @@ def test_extracted_codes_are_held_against_their_images(copy, monkeypatch, capsys
     moved = [dataclasses.replace(r, label=(r.label + 1) % 10) for r in everyone]
     codes.write_shard(shard, [codes.pack(record, 64) for record in moved])
     with pytest.raises(UserError, match=r"val: record \d+ is of image \d+, label \d; mnist5k has"):
+        extract_codes.run_check(config, workdir)
+    beyond = [dataclasses.replace(r, codes=np.full_like(r.codes, 64)) for r in everyone]
+    codes.write_shard(shard, [codes.pack(record, 65) for record in beyond])
+    with pytest.raises(UserError, match=r"has the code 64; the codebook has 64: these codes are of another tokenizer"):
         extract_codes.run_check(config, workdir)
 
 
@@ -449,9 +453,9 @@ def test_a_folder_of_pictures_of_all_kinds_goes_through_the_pipeline_on_a_mesh(t
         "--config.data.resolution=16",
         "--config.tokenizer.channels=16",
         "--config.tokenizer_training.adversarial_weight=0.1",
-        "--config.tokenizer_training.num_steps=22",
+        "--config.tokenizer_training.num_steps=10",
         "--config.tokenizer_training.batch_size=16",
-        "--config.tokenizer_training.adversarial_from_step=16",
+        "--config.tokenizer_training.adversarial_from_step=6",
         "--config.tokenizer_training.discriminator_layers=2",
         "--config.training.num_steps=12",
         "--config.training.batch_size=16",

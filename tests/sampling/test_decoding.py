@@ -14,11 +14,10 @@ from iar_jax.models.decode_step import (
     decode_weights,
     embed,
     empty_cache,
-    empty_recent,
     grown,
     moved,
 )
-from iar_jax.sampling.decoding import generate, part_ends
+from iar_jax.sampling.decoding import CONSTANT, _generate, generate, part_ends
 from tests.models.test_transformer import initial, small
 
 
@@ -42,17 +41,39 @@ def test_decoding_with_the_cache_is_the_full_forward_pass(shape):
     weights = decode_weights(module, params)
     step = jax.jit(functools.partial(decode_step, module))
     block = block_length(module)
-    cache, recent = empty_cache(module, 3, part_ends(module)[0]), empty_recent(module, 3)
-    x = module.apply({"params": params}, labels, method="embed_labels")[:, 0]
+    cache = empty_cache(module, 3, part_ends(module)[0])
+    x = module.apply({"params": params}, labels, method="embed_labels")[:, 0].T
     for t in range(length):
-        logits, recent, to_class = step(weights, x, jnp.int32(t), cache, recent)
-        np.testing.assert_allclose(logits, expected[:, t], atol=2e-5)
+        logits, cache, to_class = step(weights, x, jnp.int32(t), cache)
+        np.testing.assert_allclose(logits.T, expected[:, t], atol=2e-5)
         assert ((to_class > 0) & (to_class <= 1 + 1e-6)).all()
         x = embed(weights, codes[:, t])
         if (t + 1) % block == 0:
-            cache = moved(cache, recent, jnp.int32(t + 1 - block))
+            cache = moved(cache, jnp.int32(t + 1 - block))
             room = next((end for end in part_ends(module) if end > t + 1), length)
             cache = grown(cache, room)
+
+
+@pytest.mark.parametrize(("grid_size", "most"), [(8, 1.25), (16, 2.0)], ids=["one part", "grown"])
+def test_the_cache_is_updated_in_place(grid_size, most):
+    # A copy of it at every step would be another cache at once; while it grows, the old and the new one lie together.
+    module, images = small(dim=64, num_heads=4, num_layers=2, grid_size=grid_size), 64
+    compiled = _generate.lower(
+        module,
+        jax.eval_shape(lambda: initial(module)),
+        jax.ShapeDtypeStruct((images,), jnp.int32),
+        jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images)),
+        jnp.float32(2.0),
+        jnp.float32(1.0),
+        guided=True,
+        top_k=0,
+        top_p=1.0,
+        greedy=False,
+        schedule=CONSTANT,
+    ).compile()
+    whole = jax.eval_shape(lambda: empty_cache(module, 2 * images, module.num_tokens))
+    cache = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(whole))
+    assert compiled.memory_analysis().temp_size_in_bytes < most * cache
 
 
 def test_bfloat16_has_a_cache_of_its_own_and_stays_near_float32():
@@ -62,13 +83,13 @@ def test_bfloat16_has_a_cache_of_its_own_and_stays_near_float32():
     labels, keys = jnp.array([2, 0]), jax.random.split(jax.random.key(0), 2)
     codes = generate(module, params, labels, keys, cfg_scale=1.5)
     assert ((codes >= 0) & (codes < 32)).all()
-    weights, cache, recent = decode_weights(module, params), empty_cache(module, 2, 9), empty_recent(module, 2)
-    x = module.apply({"params": params}, labels, method="embed_labels")[:, 0]
+    weights, cache = decode_weights(module, params), empty_cache(module, 2, 9)
+    x = module.apply({"params": params}, labels, method="embed_labels")[:, 0].T
     expected = small().apply({"params": params}, labels, codes)
     for t in range(block_length(module)):
-        logits, recent, _ = decode_step(module, weights, x, jnp.int32(t), cache, recent)
+        logits, cache, _ = decode_step(module, weights, x, jnp.int32(t), cache)
         # bfloat16 has 8 bits, and there are some ten roundings on the way.
-        assert np.abs(logits.astype(jnp.float32) - expected[:, t]).max() < 10 * 2**-8 * np.abs(expected).max()
+        assert np.abs(logits.T.astype(jnp.float32) - expected[:, t]).max() < 10 * 2**-8 * np.abs(expected).max()
         x = embed(weights, codes[:, t])
 
 

@@ -11,14 +11,14 @@ from iar_jax.sampling.guidance import Schedule
 
 
 def test_guidance_moves_from_unconditional_to_conditional():
-    conditional, unconditional = jnp.array([[1.0, 2.0]]), jnp.array([[0.0, 5.0]])
-    both = jnp.concatenate([conditional, unconditional])
+    conditional, unconditional = jnp.array([[1.0], [2.0]]), jnp.array([[0.0], [5.0]])
+    both = jnp.concatenate([conditional, unconditional], axis=1)
     np.testing.assert_allclose(guidance.guide(both, jnp.float32(1.0)), conditional)
     np.testing.assert_allclose(guidance.guide(both, jnp.float32(0.0)), unconditional)
-    np.testing.assert_allclose(guidance.guide(both, jnp.float32(3.0)), [[3.0, -4.0]])
+    np.testing.assert_allclose(guidance.guide(both, jnp.float32(3.0)), [[3.0], [-4.0]])
     # A scale for each image.
-    two = jnp.concatenate([conditional, conditional, unconditional, unconditional])
-    np.testing.assert_allclose(guidance.guide(two, jnp.array([3.0, 0.0])), [[3.0, -4.0], [0.0, 5.0]])
+    two = jnp.concatenate([conditional, conditional, unconditional, unconditional], axis=1)
+    np.testing.assert_allclose(guidance.guide(two, jnp.array([3.0, 0.0])), [[3.0, 0.0], [-4.0, 5.0]])
 
 
 @pytest.mark.parametrize(
@@ -43,8 +43,8 @@ def test_the_scale_follows_its_schedule(schedule, expected):
 def shares(logits, temperature=1.0, top_k=0, top_p=1.0, count=4096):
     """How often each code is drawn by evenly spaced numbers: its probability, to 1 / count at each of its borders."""
     uniform = (np.arange(count, dtype=np.float32) + 0.5) / count
-    rows = jnp.tile(jnp.asarray(logits, jnp.float32)[None], (count, 1))
-    codes = guidance.draw(rows, jnp.asarray(uniform), jnp.float32(temperature), top_k=top_k, top_p=top_p)
+    columns = jnp.tile(jnp.asarray(logits, jnp.float32)[:, None], (1, count))
+    codes = guidance.draw(columns, jnp.asarray(uniform), jnp.float32(temperature), top_k=top_k, top_p=top_p)
     return np.bincount(np.asarray(codes), minlength=len(logits)) / count
 
 
@@ -75,7 +75,7 @@ def test_no_draw_falls_on_a_code_without_probability():
     logits[[3, 200]] = 0.0
     for uniform in (0.0, 0.4999, 0.5, np.nextafter(np.float32(1), np.float32(0))):
         (code,) = guidance.draw(
-            jnp.asarray(logits)[None], jnp.array([uniform], jnp.float32), jnp.float32(1.0), top_k=0, top_p=1.0
+            jnp.asarray(logits)[:, None], jnp.array([uniform], jnp.float32), jnp.float32(1.0), top_k=0, top_p=1.0
         )
         assert int(code) == (3 if uniform < 0.5 else 200)
 
