@@ -1,6 +1,6 @@
 """Images and tokens a second of decoding, against what the machine's memory and matrix rates allow.
 
-    GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python -m benchmarks.sampling              B at 256 px, batches 8 to 128
+    GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python -m benchmarks.sampling              B at 256 px, batches 1 to 128
     python -m benchmarks.sampling --batches=8,16 --model=L,256 --dtype=bfloat16 --top_k=2000
 
 The floor of a step is the larger of two times: reading weights and the positions of the cache that hold something, at
@@ -47,7 +47,7 @@ def machine_rates(dtype) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="B,256", help="argument of configs/imagenet.py")
-    parser.add_argument("--batches", default="8,32,64,128")
+    parser.add_argument("--batches", default="1,8,32,64,128")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--cfg_scale", type=float, default=2.0)
     parser.add_argument("--top_k", type=int, default=0)
