@@ -144,7 +144,8 @@ def decode_step(
     layer's attention to the class token, the mean over heads.
 
     Args:
-        cache: of all positions before, with room for this one; keys of finished blocks have been moved.
+        cache: of all positions before, with room for the whole block of this one; keys of finished blocks have been
+            moved.
     """
     rope = jax.lax.dynamic_slice_in_dim(weights.rope, position, 1)[0]
     num_rows = x.shape[1]
@@ -187,7 +188,7 @@ def attend(
     def one(query):
         query = query.astype(jnp.float32)
         scores = scale * jnp.sum(query[..., None] * keys, axis=2)
-        recent = scale * jnp.einsum("bhk,bhrk->bhr", query, recent_keys)
+        recent = scale * jnp.einsum("bhk,bhrk->bhr", query, recent_keys, precision="highest")
         scores = jax.lax.dynamic_update_slice_in_dim(scores, recent, position // num_recent * num_recent, axis=2)
         scores = jnp.where(so_far, scores, -jnp.inf)
         largest = jnp.max(scores, axis=-1, keepdims=True)
