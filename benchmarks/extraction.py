@@ -68,6 +68,8 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=16)
     parser.add_argument("--batch_size", type=int, default=2, help="pictures that are encoded together")
     options = parser.parse_args()
+    if options.pictures < 4 or options.batch_size < 1:
+        parser.error("--pictures is 4 at least (two classes, and one of each is kept for val), --batch_size 1")
     config = imagenet.get_config("B,256")
     with tempfile.TemporaryDirectory() as path:
         root = epath.Path(path)

@@ -21,6 +21,7 @@ from flax.core import meta
 from configs import imagenet
 from iar_jax.models.build import build_transformer
 from iar_jax.runtime.config import grid_size
+from iar_jax.runtime.errors import UserError
 from iar_jax.sampling.decoding import generate
 
 
@@ -44,10 +45,17 @@ def machine_rates(dtype) -> tuple[float, float]:
     return array.nbytes / median_time(lambda: total(array), 15), 2 * 2048**3 / median_time(lambda: product(square), 61)
 
 
+def batch_sizes(text: str) -> list[int]:
+    sizes = text.split(",")
+    if not all(size.isdecimal() and int(size) for size in sizes):
+        raise argparse.ArgumentTypeError(f"{text!r} are no positive numbers with commas between them, such as 8,32")
+    return [int(size) for size in sizes]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="B,256", help="argument of configs/imagenet.py")
-    parser.add_argument("--batches", default="1,8,32,64,128")
+    parser.add_argument("--batches", type=batch_sizes, default="1,8,32,64,128")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--cfg_scale", type=float, default=2.0)
     parser.add_argument("--top_k", type=int, default=0)
@@ -55,7 +63,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
 
-    config = imagenet.get_config(options.model)
+    try:
+        config = imagenet.get_config(options.model)
+    except UserError as error:
+        parser.error(str(error))
     section = config.model.to_dict() | {"dtype": options.dtype}
     model = build_transformer(section, vocab_size=16384, num_classes=1000, grid_size=grid_size(config))
     labels, codes = jnp.zeros((1,), jnp.int32), jnp.zeros((1, model.num_tokens), jnp.int32)
@@ -68,7 +79,7 @@ def main() -> None:
     print(f"{options.model}, {length} tokens, {options.dtype}, cfg {options.cfg_scale:g}, top_k {options.top_k}")
     print(f"{'batch':>6}{'GB/s':>7}{'GFLOP/s':>9}{'floor: bytes':>14}{'FLOPs':>9}{'took':>9}{'images/s':>10}", end="")
     print(f"{'tokens/s':>10}{'of floor':>10}")
-    for batch in map(int, options.batches.split(",")):
+    for batch in options.batches:
         rows = batch * rows_an_image
         bytes_a_second, flops_a_second = machine_rates(model.dtype)
         # On the mean, half of the positions hold something.
