@@ -10,29 +10,18 @@ Weights are random; the time does not depend on them.
 """
 
 import argparse
-import statistics
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
+from benchmarks.train_step import seconds
 from configs import imagenet
 from iar_jax.models.build import build_transformer
 from iar_jax.runtime.config import grid_size
 from iar_jax.runtime.errors import UserError
 from iar_jax.sampling.decoding import generate
-
-
-def median_time(function, repeats: int) -> float:
-    jax.block_until_ready(function())
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(function())
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 def machine_rates(dtype) -> tuple[float, float]:
@@ -42,7 +31,7 @@ def machine_rates(dtype) -> tuple[float, float]:
     square = jnp.ones((2048, 2048), dtype)
     product = jax.jit(lambda a: a @ a)
     # Seconds of it: the first products after a rest are up to a fifth faster than a processor can go on with.
-    return array.nbytes / median_time(lambda: total(array), 15), 2 * 2048**3 / median_time(lambda: product(square), 61)
+    return array.nbytes / seconds(total, array, repeats=15), 2 * 2048**3 / seconds(product, square, repeats=61)
 
 
 def batch_sizes(text: str) -> list[int]:
@@ -100,11 +89,11 @@ def main() -> None:
                 top_p=options.top_p,
             )
 
-        seconds = median_time(run, options.repeats)
+        taken = seconds(run, repeats=options.repeats)
         print(
             f"{batch:6}{bytes_a_second / 1e9:7.1f}{flops_a_second / 1e9:9.0f}{reading:12.2f} s{computing:7.2f} s"
-            f"{seconds:7.2f} s{batch / seconds:10.3f}{batch * length / seconds:10.0f}"
-            f"{max(reading, computing) / seconds:10.1%}",
+            f"{taken:7.2f} s{batch / taken:10.3f}{batch * length / taken:10.0f}"
+            f"{max(reading, computing) / taken:10.1%}",
             flush=True,
         )
 

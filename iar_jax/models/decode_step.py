@@ -148,6 +148,7 @@ def decode_step(
             moved.
     """
     rope = jax.lax.dynamic_slice_in_dim(weights.rope, position, 1)[0]
+    offset, scale = position % block_length(module), (module.dim // module.num_heads) ** -0.5
     num_rows = x.shape[1]
     to_class = jnp.zeros(num_rows)
     new_cache = []
@@ -156,12 +157,10 @@ def decode_step(
         qkv = (layer.qkv.reshape(-1, module.dim) @ normed).reshape(*layer.qkv.shape[:3], num_rows)
         qkv = nn.with_logical_constraint(qkv, ("heads", None, None, "batch"))
         qk, v = jnp.moveaxis(turn(qkv[:, :-1], rope), -1, 0), jnp.moveaxis(qkv[:, -1:], -1, 0)
-        offset = position % block_length(module)
         layer_cache = layer_cache._replace(
             recent_keys=jax.lax.dynamic_update_slice_in_dim(layer_cache.recent_keys, qk[:, :, -1:], offset, axis=2),
             values=jax.lax.dynamic_update_slice_in_dim(layer_cache.values, v, position, axis=2),
         )
-        scale = (module.dim // module.num_heads) ** -0.5
         out, to_class = attend(qk[:, :, :-1], scale, position, layer_cache)
         x = x + layer.out.reshape(module.dim, -1) @ out.reshape(num_rows, -1).T.astype(x.dtype)
         normed = rms_norm(x, layer.ffn_norm, module.norm_eps)

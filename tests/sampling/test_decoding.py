@@ -27,7 +27,7 @@ from tests.models.test_transformer import initial, small
         {},
         {"num_heads": 4, "num_kv_heads": 2},  # groups of heads that share keys and values
         {"dim": 48, "num_heads": 4},  # heads of 12 dimensions, which are padded
-        {"grid_size": 12, "num_layers": 1},  # a cache that grows on the way
+        {"grid_size": 12},  # a cache that grows on the way
     ],
     ids=["plain", "shared keys", "padded heads", "grown cache"],
 )
