@@ -17,9 +17,8 @@ from etils import epath
 
 from benchmarks.train_step import fresh_problem
 from configs.imagenet import get_config
+from iar_jax.config.fields import default_config
 from iar_jax.runtime.checkpoint import Checkpoints, Retention
-from iar_jax.runtime.default_config import default_config
-from iar_jax.training import transformer_steps
 
 
 def main() -> None:
@@ -32,17 +31,12 @@ def main() -> None:
     config = get_config(f"{arguments.model},256")
     config.model.dtype = "float32"
     config.model.scan_unroll = config.model.num_layers
-    model, optimizer, state, labels, codes = fresh_problem(config, arguments.batch)
-    step_fn = jax.jit(
-        transformer_steps.make_train_step(
-            model, optimizer, cluster_size=128, cluster_weight=1.0, ema_decay=0.9999, key=jax.random.key(1)
-        ),
-        donate_argnums=0,
-    )
+    problem = fresh_problem(config, arguments.batch)
+    state = problem.state
 
     def timed_step(state):
         start = time.perf_counter()
-        state = jax.block_until_ready(step_fn(state, labels, codes)[0])
+        state = jax.block_until_ready(problem.step(state, problem.batch)[0])
         return state, time.perf_counter() - start
 
     held, slowed = [], []

@@ -17,10 +17,10 @@ import jax
 import numpy as np
 import scipy.linalg
 
-from iar_jax.evaluation.features import inception_features
-from iar_jax.evaluation.frechet import FeatureStatistics, frechet_distance
-from iar_jax.evaluation.precision_recall import precision_recall
 from iar_jax.interop import inception
+from iar_jax.metrics.features import inception_features
+from iar_jax.metrics.frechet import FeatureStatistics, frechet_distance
+from iar_jax.metrics.precision_recall import precision_recall
 from tests import random_inception
 
 SHAPES = os.path.join(os.path.dirname(__file__), "..", "tests", "golden", "inception_shapes.json")

@@ -26,7 +26,7 @@ from iar_jax import extract_codes, import_weights
 from iar_jax.data import preprocessing
 from iar_jax.data.images import read_image
 from iar_jax.interop import llamagen
-from iar_jax.models.build import build_tokenizer
+from iar_jax.models.tokenizer import build_tokenizer
 from iar_jax.runtime import artifacts
 
 
@@ -48,13 +48,8 @@ def prepared_per_second(paths: list[str], config: ConfigDict) -> float:
     """Pictures that all host threads together read and crop in a second."""
 
     def crops(path):
-        return preprocessing.crops(
-            read_image(path),
-            "ten_crop",
-            config.data.resolution,
-            max_shift=0,
-            crop_ranges=config.codes.crop_ranges,
-        ).shape
+        views = preprocessing.Views(config.data.resolution, crop_ranges=config.codes.crop_ranges)
+        return preprocessing.CROPS["ten_crop"](read_image(path), views).shape
 
     rounds = 1 + 100 // len(paths)
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -12,7 +12,6 @@ import statistics
 import tempfile
 import time
 
-import jax
 import numpy as np
 from etils import epath
 
@@ -20,7 +19,6 @@ from benchmarks.train_step import fresh_problem, interleaved
 from configs.imagenet import get_config
 from iar_jax.codebook.permutation import Permutation
 from iar_jax.data import codes, loader
-from iar_jax.training import transformer_steps
 
 NUM_RECORDS, CROPS, LENGTH, CODEBOOK_SIZE, BATCH_SIZE = 20_480, 20, 256, 16384, 256
 
@@ -58,15 +56,9 @@ def main() -> None:
     config = get_config("B,256")
     config.model.dtype = "float32"
     config.model.scan_unroll = config.model.num_layers
-    model, optimizer, state, labels, batch_codes = fresh_problem(config, 4)
-    step = jax.jit(
-        transformer_steps.make_train_step(
-            model, optimizer, cluster_size=128, cluster_weight=1.0, ema_decay=0.9999, key=jax.random.key(1)
-        ),
-        donate_argnums=0,
-    )
-    times, _ = interleaved(step, state, labels, batch_codes, repeats=3)
-    taken = len(labels) / statistics.median(times)
+    problem = fresh_problem(config, 4)
+    times, _ = interleaved(problem.step, problem.state, problem.batch, repeats=3)
+    taken = len(problem.batch["label"]) / statistics.median(times)
     print(
         f"loader {loaded:,.0f} examples a second; the step of B takes {taken:.2f}: {loaded / taken:,.0f} times as many"
     )

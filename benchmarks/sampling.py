@@ -18,10 +18,11 @@ from flax.core import meta
 
 from benchmarks.train_step import seconds
 from configs import imagenet
-from iar_jax.models.build import build_transformer
-from iar_jax.runtime.config import grid_size
+from iar_jax.config.checks import grid_size
+from iar_jax.generators.code_layout import CodeLayout
+from iar_jax.generators.generator import build_generator
+from iar_jax.generators.settings import Facts, SamplingSettings
 from iar_jax.runtime.errors import UserError
-from iar_jax.sampling.decoding import generate
 
 
 def machine_rates(dtype) -> tuple[float, float]:
@@ -56,38 +57,34 @@ def main() -> None:
         config = imagenet.get_config(options.model)
     except UserError as error:
         parser.error(str(error))
-    section = config.model.to_dict() | {"dtype": options.dtype}
-    model = build_transformer(section, vocab_size=16384, num_classes=1000, grid_size=grid_size(config))
-    labels, codes = jnp.zeros((1,), jnp.int32), jnp.zeros((1, model.num_tokens), jnp.int32)
-    params = meta.unbox(jax.jit(model.init)(jax.random.key(0), labels, codes)["params"])
-    # A zero head would draw all codes evenly, with nothing to compute but the same work.
-    params = params | {"head": 0.02 * jax.random.normal(jax.random.key(1), params["head"].shape)}
-    itemsize = jnp.dtype(model.dtype).itemsize
-    matrices = sum(leaf.size for leaf in jax.tree.leaves(params["layers"])) + params["head"].size
-    length, rows_an_image = model.num_tokens, 1 if options.cfg_scale == 1.0 else 2
+    config.model.dtype = options.dtype
+    facts = Facts(16384, 1000, CodeLayout.square(grid_size(config)))
+    generator = build_generator(config.model, facts)
+    params = meta.unbox(jax.jit(generator.init)(jax.random.key(0)))
+    # Random weights, also where they begin at zero: the time does not depend on them.
+    params = jax.tree.map(lambda leaf: 0.02 * jax.random.normal(jax.random.key(1), leaf.shape), params)
+    settings = SamplingSettings(cfg_scale=options.cfg_scale, top_k=options.top_k, top_p=options.top_p)
+    itemsize = jnp.dtype(options.dtype).itemsize
+    layers, dim = config.model.num_layers, config.model.dim
+    # All but the tables of tokens and classes, which are looked up.
+    tables = (facts.vocab_size + facts.num_classes + 1) * dim
+    matrices = sum(leaf.size for leaf in jax.tree.leaves(params)) - tables
+    length, rows_an_image = facts.layout.length, 1 if options.cfg_scale == 1.0 else 2
     print(f"{options.model}, {length} tokens, {options.dtype}, cfg {options.cfg_scale:g}, top_k {options.top_k}")
     print(f"{'batch':>6}{'GB/s':>7}{'GFLOP/s':>9}{'floor: bytes':>14}{'FLOPs':>9}{'took':>9}{'images/s':>10}", end="")
     print(f"{'tokens/s':>10}{'of floor':>10}")
     for batch in options.batches:
         rows = batch * rows_an_image
-        bytes_a_second, flops_a_second = machine_rates(model.dtype)
+        bytes_a_second, flops_a_second = machine_rates(options.dtype)
         # On the mean, half of the positions hold something.
-        cache = rows * length / 2 * 2 * model.dim * model.num_layers * itemsize
+        cache = rows * length / 2 * 2 * dim * layers * itemsize
         reading = length * (matrices * itemsize + cache) / bytes_a_second
-        attention = rows * length / 2 * 4 * model.dim * model.num_layers
+        attention = rows * length / 2 * 4 * dim * layers
         computing = length * (2 * rows * matrices + attention) / flops_a_second
         sampled, keys = np.arange(batch, dtype=np.int32), jax.random.split(jax.random.key(2), batch)
 
         def run(sampled=sampled, keys=keys):
-            return generate(
-                model,
-                params,
-                sampled,
-                keys,
-                cfg_scale=options.cfg_scale,
-                top_k=options.top_k,
-                top_p=options.top_p,
-            )
+            return generator.sample(params, jnp.asarray(sampled), keys, settings)
 
         taken = seconds(run, repeats=options.repeats)
         print(

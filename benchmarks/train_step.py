@@ -14,7 +14,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +23,15 @@ import optax
 from ml_collections import ConfigDict
 
 from configs.imagenet import get_config
-from iar_jax.losses.fused_head import fused_head_loss
-from iar_jax.models.build import build_transformer, train_step_flops
-from iar_jax.models.causal_attention import causal_attention
-from iar_jax.models.rope import apply_rope, rope_table
+from iar_jax.generators.autoregressive.rope import apply_rope, rope_table
+from iar_jax.generators.autoregressive.transformer import swiglu_hidden_dim
+from iar_jax.generators.code_layout import CodeLayout
+from iar_jax.generators.generator import Generator, build_generator
+from iar_jax.generators.settings import Facts, Objective
+from iar_jax.losses.cluster_loss import cluster_loss
+from iar_jax.models.attention import causal_attention
 from iar_jax.runtime import sharding
-from iar_jax.training import transformer_steps
+from iar_jax.training import generator_steps
 from iar_jax.training.optimizer import optimizer_of
 from iar_jax.training.state import update_ema
 
@@ -46,30 +49,46 @@ def seconds(function, *arguments, repeats: int, donates: bool = False) -> float:
     return statistics.median(found)
 
 
-def fresh_problem(config: ConfigDict, batch_size: int) -> tuple:
-    """Model, optimizer, fresh state, and random labels and codes of a config at 256 px."""
-    model = build_transformer(config.model, vocab_size=16384, num_classes=1000, grid_size=16)
-    optimizer = optimizer_of(config.training)
-    init = functools.partial(transformer_steps.init_train_state, model=model, optimizer=optimizer)
+class Problem(NamedTuple):
+    """A generator with its optimizer, compiled train step, fresh state, and a batch of random labels and codes."""
+
+    generator: Generator
+    optimizer: optax.GradientTransformation
+    step: Callable
+    state: Any
+    batch: dict[str, jax.Array]
+
+
+def fresh_problem(config: ConfigDict, batch_size: int) -> Problem:
+    """The problem of a config of configs/imagenet.py at 256 px."""
+    objective = Objective((128,), config.training.loss_chunks)
+    generator = build_generator(config.model, Facts(16384, 1000, CodeLayout.square(16)), objective)
+    optimizer = optimizer_of(config.training, generator.decays)
+    init = functools.partial(generator_steps.init_train_state, generator=generator, optimizer=optimizer)
     state = jax.jit(lambda key: sharding.unbox(init(key)))(jax.random.key(0))
+    step = generator_steps.make_train_step(
+        generator, optimizer, cluster_weights=(1.0,), ema_decay=0.9999, key=jax.random.key(1)
+    )
     rng = np.random.default_rng(0)
-    labels = jnp.asarray(rng.integers(0, 1000, batch_size), jnp.int32)
-    codes = jnp.asarray(rng.integers(0, 16384, (batch_size, model.num_tokens)), jnp.int32)
-    return model, optimizer, state, labels, codes
+    batch = {
+        "label": jnp.asarray(rng.integers(0, 1000, batch_size), jnp.int32),
+        "codes": jnp.asarray(rng.integers(0, 16384, (batch_size, generator.layout.length)), jnp.int32),
+    }
+    return Problem(generator, optimizer, jax.jit(step, donate_argnums=0), state, batch)
 
 
-def interleaved(step: Callable, state: Any, *batch: Any, repeats: int) -> tuple[list[float], list[float]]:
+def interleaved(step: Callable, state: Any, batch: Any, repeats: int) -> tuple[list[float], list[float]]:
     """Seconds of each of several steps, and the machine's FLOP/s in a large float32 product before each of them."""
     size = 2048
     matrix = jnp.ones((size, size), jnp.float32)
     product = jax.jit(jnp.matmul)
     seconds(product, matrix, matrix, repeats=1)
-    state = jax.block_until_ready(step(state, *batch))[0]
+    state = jax.block_until_ready(step(state, batch))[0]
     times, rates = [], []
     for _ in range(repeats):
         rates.append(2 * size**3 / seconds(product, matrix, matrix, repeats=9))
         start = time.perf_counter()
-        state = jax.block_until_ready(step(state, *batch))[0]
+        state = jax.block_until_ready(step(state, batch))[0]
         times.append(time.perf_counter() - start)
     return times, rates
 
@@ -88,34 +107,24 @@ def main() -> None:
     config.model.dtype = arguments.dtype
     config.model.attention_block = arguments.attention_block
     config.model.scan_unroll = config.model.num_layers
-    model, optimizer, state, labels, codes = fresh_problem(config, batch_size)
+    config.training.loss_chunks = arguments.loss_chunks
+    generator, optimizer, step, state, batch = fresh_problem(config, batch_size)
     rng = np.random.default_rng(1)
-    step = jax.jit(
-        transformer_steps.make_train_step(
-            model,
-            optimizer,
-            cluster_size=128,
-            cluster_weight=1.0,
-            ema_decay=0.9999,
-            key=jax.random.key(1),
-            loss_chunks=arguments.loss_chunks,
-        ),
-        donate_argnums=0,
-    )
     params = jax.tree.map(jnp.copy, state.params)
-    times, rates = interleaved(step, state, labels, codes, repeats=repeats)
+    times, rates = interleaved(step, state, batch, repeats)
     whole = statistics.median(times)
 
-    layers, dim, hidden = model.num_layers, model.dim, model.hidden_dim
+    layers, dim = config.model.num_layers, config.model.dim
+    hidden = config.model.hidden_dim or swiglu_hidden_dim(dim)
     dtype = jnp.dtype(arguments.dtype)
     x = jnp.asarray(rng.standard_normal((batch_size, length, dim)), dtype)
-    rope = jnp.asarray(rope_table(16, dim // model.num_heads, 10000.0)[:length])
+    rope = jnp.asarray(rope_table(16, dim // config.model.num_heads, 10000.0)[:length])
 
     def attention(q, k, v):
         q, k = apply_rope(q, rope), apply_rope(k, rope)
         return jnp.sum(causal_attention(q, k, v, arguments.attention_block).astype(jnp.float32))
 
-    heads = x.reshape(batch_size, length, model.num_heads, -1)
+    heads = x.reshape(batch_size, length, config.model.num_heads, -1)
     one_attention = seconds(jax.jit(jax.grad(attention, (0, 1, 2))), heads, heads, heads, repeats=repeats)
 
     def matrices(weights, x):
@@ -130,10 +139,11 @@ def main() -> None:
     # The layer's own products have 4 d^2 + 3 d h weights; the chain's are a little more.
     chain *= (4 * dim**2 + 3 * dim * hidden) / sum(int(np.prod(size)) for size in sizes)
 
-    head_loss = jax.jit(
-        jax.grad(lambda h, w: fused_head_loss(h, w, codes, 1.0, 128, arguments.loss_chunks), (0, 1), has_aux=True)
-    )
-    head = seconds(head_loss, x, params["head"], repeats=repeats)
+    def head_and_loss(hidden, weights):
+        return cluster_loss(hidden, weights, batch["codes"], [(128, 1.0)], num_chunks=arguments.loss_chunks)
+
+    weights = jnp.asarray(0.02 * rng.standard_normal((dim, generator.facts.vocab_size)), jnp.float32)
+    head = seconds(jax.jit(jax.grad(head_and_loss, (0, 1), has_aux=True)), x, weights, repeats=repeats)
 
     def update(state, grads):
         updates, opt_state = optimizer.update(grads, state[1], state[0])
@@ -143,7 +153,7 @@ def main() -> None:
     state = (jax.tree.map(jnp.copy, params), jax.jit(optimizer.init)(params), jax.tree.map(jnp.copy, params))
     optimizing = seconds(jax.jit(update, donate_argnums=0), state, params, repeats=repeats, donates=True)
 
-    flops = train_step_flops(model, batch_size)
+    flops = generator.flops(batch_size)
     share = statistics.median(flops / each / rate for each, rate in zip(times, rates, strict=True))
     print(f"{arguments.model}, {batch_size} x {length} tokens, {arguments.dtype}, {jax.devices()[0].device_kind}")
     print(f"machine's matrix rate   {statistics.median(rates) / 1e9:8.0f} GFLOP/s")

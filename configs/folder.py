@@ -5,24 +5,25 @@
         --config.data.resolution=128
 
 The word after the last comma sizes tokenizer and transformer: tiny (the default) and small suit a CPU or a small GPU,
-B to 3B are LlamaGen's transformers with its VQ-16 tokenizer and want accelerators.
+B to 7B are LlamaGen's transformers with its VQ-16 tokenizer and want accelerators.
 """
 
 from ml_collections import ConfigDict
 
-from iar_jax.runtime.default_config import default_config
+from iar_jax.config.fields import default_config
+from iar_jax.generators.autoregressive.sizes import SIZES as LLAMAGEN
+from iar_jax.generators.autoregressive.sizes import Size
 from iar_jax.runtime.errors import UserError
 
-# Transformer: layers, width, heads, standard deviation of the initial weights. Tokenizer: channels, multipliers, patch,
-# codes. Then the resolution that fits and the batch sizes of both.
-SIZES = {
-    "tiny": ((4, 128, 4, 0.08), (48, (1, 2), 2, 512), 32, 64, 32),
-    "small": ((8, 256, 8, 0.06), (64, (1, 2, 2), 2, 2048), 64, 64, 64),
-    "B": ((12, 768, 12, 0.02), (128, (1, 1, 2, 2, 4), 1, 16384), 256, 128, 256),
-    "L": ((24, 1024, 16, 0.02), (128, (1, 1, 2, 2, 4), 1, 16384), 256, 128, 256),
-    "XL": ((36, 1280, 20, 0.02), (128, (1, 1, 2, 2, 4), 1, 16384), 256, 128, 256),
-    "XXL": ((48, 1536, 24, 0.02), (128, (1, 1, 2, 2, 4), 1, 16384), 256, 128, 256),
-    "3B": ((24, 3200, 32, 0.02), (128, (1, 1, 2, 2, 4), 1, 16384), 256, 128, 256),
+# Sizes of our own: the transformer and the standard deviation of its initial weights; the tokenizer's channels,
+# multipliers, patch and codes, and the size of its clusters; the resolution that fits; the batch sizes of both.
+SMALL_SIZES = {
+    "tiny": ((Size(4, 4, 128), 0.08), (48, (1, 2), 2, 512, 16), 32, 64, 32),
+    "small": ((Size(8, 8, 256), 0.06), (64, (1, 2, 2), 2, 2048, 32), 64, 64, 64),
+}
+# LlamaGen's transformers with its VQ-16 tokenizer.
+SIZES = SMALL_SIZES | {
+    name: ((size, 0.02), (128, (1, 1, 2, 2, 4), 1, 16384, 128), 256, 128, 256) for name, size in LLAMAGEN.items()
 }
 
 
@@ -35,8 +36,8 @@ def get_config(arg: str = "") -> ConfigDict:
             "name the folder: configs/folder.py:/path/to/images, or configs/folder.py:/path/to/images,SIZE with SIZE "
             f"one of {', '.join(SIZES)}"
         )
-    transformer, tokenizer, resolution, tokenizer_batch, batch = SIZES[size]
-    on_cpu = size in ("tiny", "small")
+    (transformer, init_std), tokenizer, resolution, tokenizer_batch, batch = SIZES[size]
+    on_cpu = size in SMALL_SIZES
     config = default_config()
     config.data.source = f"folder:{path}"
     config.data.resolution = resolution
@@ -44,7 +45,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.codes.crops = "mirror"
 
     section = config.tokenizer
-    section.channels, section.channel_multipliers, section.patch_size, section.codebook_size = tokenizer
+    section.channels, section.channel_multipliers, section.patch_size, section.codebook_size, cluster_size = tokenizer
     if on_cpu:
         section.num_res_blocks = 1
         section.z_channels = 64
@@ -66,10 +67,11 @@ def get_config(arg: str = "") -> ConfigDict:
     training.eval_every = 500
     training.checkpoint_every = 500
 
-    config.codebook.cluster_size = 16 if size == "tiny" else 32 if size == "small" else 128
+    config.codebook.cluster_sizes = (cluster_size,)
     config.codebook.num_restarts = 4
     model = config.model
-    model.num_layers, model.dim, model.num_heads, model.init_std = transformer
+    model.num_layers, model.num_heads, model.dim = transformer
+    model.init_std = init_std
     if on_cpu:
         model.scan_unroll = model.num_layers
 

@@ -22,20 +22,21 @@ LlamaGen run; LlamaGen publishes 3.07 / 256.1 (cfg 2.0), which IAR-L does not be
 
 from ml_collections import ConfigDict
 
-from iar_jax.runtime.default_config import default_config
+from iar_jax.config.fields import default_config
+from iar_jax.generators.autoregressive.sizes import SIZES
 from iar_jax.runtime.errors import UserError
 
-# Layers, heads, width (LlamaGen's code), then learning rate and batch of its authors' runs (LlamaGen issue 8; XXXL, 1B
-# and 7B have no published run and take 3B's).
-MODELS = {
-    "B": (12, 12, 768, 1e-4, 256),
-    "L": (24, 16, 1024, 1e-4, 256),
-    "XL": (36, 20, 1280, 2e-4, 256),
-    "XXL": (48, 24, 1536, 2e-4, 512),
-    "3B": (24, 32, 3200, 2e-4, 512),
-    "XXXL": (48, 40, 2560, 2e-4, 512),
-    "1B": (22, 32, 2048, 2e-4, 512),
-    "7B": (32, 32, 4096, 2e-4, 512),
+# Learning rate and batch of LlamaGen's authors' runs (LlamaGen issue 8; XXXL, 1B and 7B have no published run and take
+# 3B's).
+RUNS = {
+    "B": (1e-4, 256),
+    "L": (1e-4, 256),
+    "XL": (2e-4, 256),
+    "XXL": (2e-4, 512),
+    "3B": (2e-4, 512),
+    "XXXL": (2e-4, 512),
+    "1B": (2e-4, 512),
+    "7B": (2e-4, 512),
 }
 
 # Guidance of the published scores: LlamaGen's README and tables; IAR's B at 384 px was sampled at 2.25 and its XXL at
@@ -58,7 +59,7 @@ TRAINING_IMAGES = 1_281_167  # of ImageNet's training split
 
 def get_config(arg: str = "B,256") -> ConfigDict:
     name, resolution, baseline = parse(arg)
-    num_layers, num_heads, dim, learning_rate, batch_size = MODELS[name]
+    learning_rate, batch_size = RUNS[name]
     config = default_config()
 
     config.data.source = "folder:imagenet/train"
@@ -79,12 +80,12 @@ def get_config(arg: str = "B,256") -> ConfigDict:
     config.codes.crops = "ten_crop"
     config.codes.crop_ranges = (1.1, 1.05)  # both were used for LlamaGen (its issue 14)
 
-    config.codebook.cluster_size = 128  # IAR's default: 128 clusters of 128
+    config.codebook.cluster_sizes = (128,)  # IAR's default: 128 clusters of 128
     config.codebook.assignment = "greedy"
     config.codebook.max_iterations = 100
 
     model = config.model
-    model.num_layers, model.num_heads, model.dim = num_layers, num_heads, dim
+    model.num_layers, model.num_heads, model.dim = SIZES[name]
     model.dtype = "bfloat16"  # autocast in the released trainer
     # Dropouts of the released trainer: residual and feed-forward 0.1, tokens 0.1, classes 0.1, drop-path 0; they are
     # the defaults of config.model.
@@ -94,7 +95,7 @@ def get_config(arg: str = "B,256") -> ConfigDict:
     training.batch_size = batch_size
     training.num_steps = epochs * TRAINING_IMAGES // batch_size
     training.loss_chunks = 8
-    training.cluster_weight = 0.0 if baseline else 1.0  # lambda of the released trainer
+    training.cluster_weights = (0.0 if baseline else 1.0,)  # lambda of the released trainer
     training.learning_rate = learning_rate
     training.schedule = "constant"  # no warm-up, no decay
     training.b1, training.b2 = 0.9, 0.95
@@ -114,12 +115,12 @@ def parse(arg: str) -> tuple[str, int, bool]:
     parts = arg.split(",")
     if (
         len(parts) not in (2, 3)
-        or parts[0] not in MODELS
+        or parts[0] not in SIZES
         or parts[1] not in ("256", "384")
         or parts[2:] not in ([], ["baseline"])
     ):
         raise UserError(
             f"configs/imagenet.py:{arg}: the argument is MODEL,RESOLUTION or MODEL,RESOLUTION,baseline with MODEL one "
-            f"of {', '.join(MODELS)} and RESOLUTION 256 or 384"
+            f"of {', '.join(SIZES)} and RESOLUTION 256 or 384"
         )
     return parts[0], int(parts[1]), len(parts) == 3

@@ -8,7 +8,7 @@
 
 from ml_collections import ConfigDict
 
-from iar_jax.runtime.default_config import default_config
+from iar_jax.config.fields import default_config
 from iar_jax.runtime.errors import UserError
 
 
@@ -55,7 +55,7 @@ def get_config(arg: str = "") -> ConfigDict:
     training.checkpoint_every = 200
 
     codebook = config.codebook
-    codebook.cluster_size = 16
+    codebook.cluster_sizes = (16,)
     codebook.num_restarts = 8
     config.codes.batch_size = 100
 
@@ -71,7 +71,7 @@ def get_config(arg: str = "") -> ConfigDict:
     training = config.training
     training.num_steps = 2600
     training.batch_size = 32
-    training.cluster_weight = 0.0 if arg == "baseline" else 1.0
+    training.cluster_weights = (0.0 if arg == "baseline" else 1.0,)
     training.learning_rate = 5e-3
     training.schedule = "cosine"
     training.warmup_steps = 50

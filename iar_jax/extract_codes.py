@@ -8,10 +8,10 @@ compares names, ids, labels and counts, and fails where records are not what the
 """
 
 import dataclasses
-import functools
 import os
 import time
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import grain
 import jax
@@ -22,10 +22,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from PIL import Image
 
-from iar_jax.data import code_statistics, codes, pictures, preprocessing
-from iar_jax.data.images import ImageDataset, ImageSource, open_images
-from iar_jax.models.build import load_tokenizer
-from iar_jax.runtime import artifacts, command_line, distributed, lock, sharding
+from iar_jax.config import command_line
+from iar_jax.config.relevance import relevant
+from iar_jax.data import code_statistics, codes, image_grids, preprocessing
+from iar_jax.data.image_source import ImageSource
+from iar_jax.data.images import ImageDataset, open_images
+from iar_jax.models.tokenizer import LoadedTokenizer, load_tokenizer
+from iar_jax.runtime import artifacts, distributed, lock, sharding
 from iar_jax.runtime.errors import UserError
 from iar_jax.runtime.interruption import StopRequest, catch_stop_signals
 from iar_jax.runtime.progress import Progress, progress, say
@@ -35,28 +38,28 @@ from iar_jax.runtime.progress import Progress, progress, say
 CHECKED, COUNTED, SHOWN = 64, 2000, 16
 AGREEMENT, RECOGNISED = 0.9, 0.9
 
+READS = ("seed", "inputs", "mesh", "data", "codes")
+
 # Codes [B, crops, L] and labels of a whole batch, from this process' crops and labels of it.
 EncodeBatch = Callable[[dict[str, np.ndarray]], tuple[np.ndarray, np.ndarray]]
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> None:
     """Encodes all crops of every picture of both splits into workdir/codes/train and workdir/codes/val."""
-    tokenizer_directory = artifacts.input_directory(config, workdir, "tokenizer", "tokenizer")
-    tokenizer = artifacts.require(tokenizer_directory, "train_tokenizer")
-    relevant = artifacts.relevant_config(config, ("data", "codes"))
-    inputs = {"tokenizer": tokenizer.fingerprint}
+    opened = artifacts.open_inputs(config.inputs, workdir, "tokenizer")
+    made_by, inputs = relevant(config, ("data", "codes")), artifacts.fingerprints(opened)
     # Validation measures the pictures themselves, whatever copies are trained on.
     splits = {"train": config.codes.crops, "val": "center"}
-    if all(artifacts.finished(workdir / "codes" / split, relevant, inputs) for split in splits):
+    if all(artifacts.finished(workdir / "codes" / split, made_by, inputs) for split in splits):
         say(f"extract_codes: done, in {workdir / 'codes'}")
         return
     mesh = sharding.make_mesh(**config.mesh)
     sharding.check_batch_size(mesh, config.codes.batch_size, "config.codes.batch_size")
     images = open_images(config.data)
     for split in splits:
-        artifacts.begin(workdir / "codes" / split, "extract_codes", relevant, inputs | {"images": images.fingerprint})
+        artifacts.begin(workdir / "codes" / split, "extract_codes", made_by, inputs | {"images": images.fingerprint})
     with lock.hold(workdir / "codes"), catch_stop_signals() as stop:
-        extract_splits(config, workdir / "codes", tokenizer_directory, images, splits, mesh, stop)
+        extract_splits(config, workdir / "codes", opened["tokenizer"].directory, images, splits, mesh, stop)
 
 
 def extract_splits(
@@ -88,13 +91,7 @@ def extract_splits(
                 directory,
                 encode_batch,
                 config.codes,
-                functools.partial(
-                    preprocessing.crops,
-                    kind=kind,
-                    size=config.data.resolution,
-                    max_shift=config.data.max_shift,
-                    crop_ranges=config.codes.crop_ranges,
-                ),
+                lambda image, kind=kind: preprocessing.CROPS[kind](image, views_of(config)),
                 sharding.local_part(mesh),
                 model.codebook_size,
                 shown,
@@ -110,6 +107,11 @@ def extract_splits(
         fingerprint = codes.fingerprint_records(shards) if distributed.is_first() else ""
         artifacts.finish(directory, fingerprint, figures)
         say(f"extract_codes: {len(source)} images of {split} in {len(shards)} files under {directory}{pace}")
+
+
+def views_of(config: ConfigDict) -> preprocessing.Views:
+    """What the config says of an image's views."""
+    return preprocessing.Views(config.data.resolution, config.data.max_shift, config.codes.crop_ranges)
 
 
 @dataclasses.dataclass
@@ -217,79 +219,139 @@ def run_check(config: ConfigDict, workdir: epath.Path) -> None:
     Raises:
         UserError: they are not what the tokenizer makes of the images, or images and labels are others.
     """
-    directory = artifacts.input_directory(config, workdir, "codes", "codes")
-    tokenizer_directory = artifacts.input_directory(config, workdir, "tokenizer", "tokenizer")
-    mesh = sharding.make_mesh(**config.mesh)
-    model, params, tokenizer = load_tokenizer(tokenizer_directory, mesh)
+    inputs = artifacts.open_inputs(config.inputs, workdir, "tokenizer", "codes", "val_codes")
+    tokenizer = load_tokenizer(inputs["tokenizer"].directory, sharding.make_mesh(**config.mesh))
     images = open_images(config.data)
     rng = np.random.default_rng(config.seed)
     usages, pairs = [], []
-    for split, kind in {"train": config.codes.crops, "val": "center"}.items():
-        metadata = artifacts.require(directory / split, "extract_codes")
-        source: ImageSource = getattr(images, split)
-        if metadata.inputs["tokenizer"] != tokenizer.fingerprint:
-            raise UserError(f"{directory / split} was made by another tokenizer than {tokenizer_directory}")
-        if metadata.figures["class_names"] != list(images.class_names):
-            raise UserError(f"{directory / split}: its class names are not those of {images.name}")
-        records = codes.RawRecords(directory / split, model.codebook_size)
-        if len(records) != len(source):
-            raise UserError(f"{directory / split} has {len(records)} records; {images.name} has {len(source)} images")
-        chosen = np.sort(rng.choice(len(source), min(CHECKED, len(source)), replace=False))
-        stored, originals = [], []
-        for index in chosen.tolist():
-            record, (picture, label) = records[index], source.example(index)
-            if (record.image_id, record.label) != (source.image_ids[index], label):
-                raise UserError(
-                    f"{directory / split}: record {index} is of image {record.image_id}, label {record.label}; "
-                    f"{images.name} has image {source.image_ids[index]}, label {label} there"
-                )
-            views = preprocessing.crops(
-                picture,
-                kind,
-                config.data.resolution,
-                max_shift=config.data.max_shift,
-                crop_ranges=config.codes.crop_ranges,
-            )
-            view = int(rng.integers(len(views)))
-            if len(views) != len(record.codes):
-                raise UserError(f"{directory / split}: record {index} has {len(record.codes)} crops, not {len(views)}")
-            stored.append(record.codes[view])
-            originals.append(preprocessing.to_unit_range(views[view]))
-        grid = np.stack(stored).reshape(len(stored), *2 * [round(len(stored[0]) ** 0.5)])
-        fresh = np.asarray(model.apply({"params": params}, np.stack(originals), method="encode"))
-        decoded = np.asarray(model.apply({"params": params}, grid, method="decode_codes"))
-        agreement = float(np.mean(fresh == grid))
-        errors = np.square(decoded[:, None] - np.stack(originals)[None]).mean(axis=(2, 3, 4))
-        recognised = float(np.mean(errors.argmin(axis=1) == np.arange(len(errors))))
-        psnr = float(np.mean(10 * np.log10(4 / np.maximum(np.diag(errors), 1e-12))))
-        some = np.linspace(0, len(records) - 1, min(len(records), COUNTED)).round().astype(int)
-        all_grids = np.concatenate([records[i].codes for i in some.tolist()]).reshape(-1, *grid.shape[1:])
-        usages.append(np.bincount(all_grids.ravel(), minlength=model.codebook_size))
-        right, down = (
-            code_statistics.neighbour_information(all_grids, model.codebook_size, *step) for step in ((0, 1), (1, 0))
-        )
-        say(
-            f"{split:6}{len(records):>9,} records; of {len(chosen)}: {agreement:.1%} of the codes are those of a fresh "
-            f"encoding, {recognised:.0%} decode nearest to their own original, PSNR {psnr:.1f} dB"
-        )
-        say(
-            f"{'':6}of {len(some):,}: {np.mean(usages[-1] > 0):.1%} of the codebook used, perplexity "
-            f"{code_statistics.perplexity(usages[-1]):.0f}; a code tells {right:.3f} nats of the one to its right, "
-            f"{down:.3f} of the one below"
-        )
-        pairs += [preprocessing.to_uint8(np.stack(originals)[:SHOWN]), preprocessing.to_uint8(decoded[:SHOWN])]
-        if agreement < AGREEMENT or recognised < RECOGNISED:
+    for split, name, kind in (("train", "codes", config.codes.crops), ("val", "val_codes", "center")):
+        stored = stored_codes(inputs[name], images, split, kind, views_of(config), tokenizer.model.codebook_size, rng)
+        found = compared(stored, tokenizer)
+        usages.append(found.usage)
+        pairs += [preprocessing.to_uint8(stored.originals[:SHOWN]), preprocessing.to_uint8(found.decoded[:SHOWN])]
+        say(f"{split:6}{found}")
+        if found.agreement < AGREEMENT or found.recognised < RECOGNISED:
             raise UserError(
-                f"{directory / split}: these records are not what {tokenizer_directory} makes of {images.name}: "
-                f"{agreement:.1%} of the codes agree with a fresh encoding ({AGREEMENT:.0%} at least), "
-                f"{recognised:.0%} decode nearest to their own original ({RECOGNISED:.0%} at least). Delete "
-                f"{directory} and extract again"
+                f"{inputs[name].directory}: these records are not what {inputs['tokenizer'].directory} makes of "
+                f"{images.name}: {found.agreement:.1%} of the codes agree with a fresh encoding ({AGREEMENT:.0%} at "
+                f"least), {found.recognised:.0%} decode nearest to their own original ({RECOGNISED:.0%} at least). "
+                f"Delete {inputs['codes'].directory.parent} and extract again"
             )
-    path = directory / "check.png"
+    path = inputs["codes"].directory.parent / "check.png"
     rows = np.concatenate([np.concatenate([row, np.zeros_like(pairs[0])[: SHOWN - len(row)]]) for row in pairs])
-    pictures.write_png(path, pictures.image_grid(rows, SHOWN, pictures.scale_to_see(config.data.resolution)))
+    image_grids.write_png(path, image_grids.image_grid(rows, SHOWN, image_grids.scale_to_see(config.data.resolution)))
     say(f"both   share {code_statistics.usage_overlap(*usages):.1%} of their usage of codes")
     say(f"pictures {path} (of train and of val: originals, decoded records below)")
+
+
+class Stored(NamedTuple):
+    """Some records and the views that they are of.
+
+    Attributes:
+        records: all of the split.
+        grids: codes [n, h, w] of a view of each of some images.
+        originals: those views, in [-1, 1].
+    """
+
+    records: codes.RawRecords
+    grids: np.ndarray
+    originals: np.ndarray
+
+
+def stored_codes(
+    artifact: artifacts.Artifact,
+    images: ImageDataset,
+    split: str,
+    kind: str,
+    views: preprocessing.Views,
+    codebook_size: int,
+    rng: np.random.Generator,
+) -> Stored:
+    """Some records of a split and the views that they are of.
+
+    Raises:
+        UserError: a record that is of another image, or has another label or number of views.
+    """
+    directory, source = artifact.directory, getattr(images, split)
+    if artifact.metadata.figures["class_names"] != list(images.class_names):
+        raise UserError(f"{directory}: its class names are not those of {images.name}")
+    records = codes.RawRecords(directory, codebook_size)
+    if len(records) != len(source):
+        raise UserError(f"{directory} has {len(records)} records; {images.name} has {len(source)} images")
+    chosen = np.sort(rng.choice(len(source), min(CHECKED, len(source)), replace=False))
+    found, originals = [], []
+    for index in chosen.tolist():
+        record, (image, label) = records[index], source.example(index)
+        if (record.image_id, record.label) != (source.image_ids[index], label):
+            raise UserError(
+                f"{directory}: record {index} is of image {record.image_id}, label {record.label}; "
+                f"{images.name} has image {source.image_ids[index]}, label {label} there"
+            )
+        crops = preprocessing.CROPS[kind](image, views)
+        view = int(rng.integers(len(crops)))
+        if len(crops) != len(record.codes):
+            raise UserError(f"{directory}: record {index} has {len(record.codes)} crops, not {len(crops)}")
+        found.append(record.codes[view])
+        originals.append(preprocessing.to_unit_range(crops[view]))
+    side = round(len(found[0]) ** 0.5)
+    return Stored(records, np.stack(found).reshape(-1, side, side), np.stack(originals))
+
+
+@dataclasses.dataclass
+class Comparison:
+    """Records against a fresh encoding, and what their codes look like; `str()` says it for people.
+
+    Attributes:
+        agreement: share of codes that are those of a fresh encoding.
+        recognised: share of decoded records that are nearest to their own original.
+        usage: how often each code is used, int [N].
+        information: nats that a code tells of the one to its right, and of the one below.
+    """
+
+    num_records: int
+    num_compared: int
+    num_counted: int
+    decoded: np.ndarray
+    agreement: float
+    recognised: float
+    psnr: float
+    usage: np.ndarray
+    information: tuple[float, float]
+
+    def __str__(self) -> str:
+        right, down = self.information
+        return (
+            f"{self.num_records:>9,} records; of {self.num_compared}: {self.agreement:.1%} of the codes are those of a "
+            f"fresh encoding, {self.recognised:.0%} decode nearest to their own original, PSNR {self.psnr:.1f} dB\n"
+            f"{'':6}of {self.num_counted:,}: {np.mean(self.usage > 0):.1%} of the codebook used, perplexity "
+            f"{code_statistics.perplexity(self.usage):.0f}; a code tells {right:.3f} nats of the one to its right, "
+            f"{down:.3f} of the one below"
+        )
+
+
+def compared(stored: Stored, tokenizer: LoadedTokenizer) -> Comparison:
+    """Encodes the views again and decodes the records."""
+    model, params, _ = tokenizer
+    fresh = np.asarray(model.apply({"params": params}, stored.originals, method="encode"))
+    decoded = np.asarray(model.apply({"params": params}, stored.grids, method="decode_codes"))
+    errors = np.square(decoded[:, None] - stored.originals[None]).mean(axis=(2, 3, 4))
+    some = np.linspace(0, len(stored.records) - 1, min(len(stored.records), COUNTED)).round().astype(int)
+    grids = np.concatenate([stored.records[i].codes for i in some.tolist()]).reshape(-1, *stored.grids.shape[1:])
+    size = model.codebook_size
+    return Comparison(
+        num_records=len(stored.records),
+        num_compared=len(stored.originals),
+        num_counted=len(some),
+        decoded=decoded,
+        agreement=float(np.mean(fresh == stored.grids)),
+        recognised=float(np.mean(errors.argmin(axis=1) == np.arange(len(errors)))),
+        psnr=float(np.mean(10 * np.log10(4 / np.maximum(np.diag(errors), 1e-12)))),
+        usage=np.bincount(grids.ravel(), minlength=size),
+        information=(
+            code_statistics.neighbour_information(grids, size, 0, 1),
+            code_statistics.neighbour_information(grids, size, 1, 0),
+        ),
+    )
 
 
 def run_or_check(config: ConfigDict, workdir: epath.Path) -> None:
@@ -299,4 +361,4 @@ def run_or_check(config: ConfigDict, workdir: epath.Path) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_bool("check", False, "Hold finished records against their images.")
-    command_line.main(run_or_check)
+    command_line.main(run_or_check, READS)

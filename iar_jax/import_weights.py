@@ -20,30 +20,23 @@ from ml_collections import ConfigDict
 
 from iar_jax import rearrange_codebook
 from iar_jax.codebook.permutation import Permutation, save_permutation
+from iar_jax.config import command_line
+from iar_jax.config.checks import grid_size
+from iar_jax.config.relevance import RelevantConfig, relevant
 from iar_jax.data.codes import permutation_fingerprint, read_permutation
+from iar_jax.generators.autoregressive.generator import Autoregressive
+from iar_jax.generators.autoregressive.sizes import size_named
+from iar_jax.generators.autoregressive.transformer import swiglu_hidden_dim
+from iar_jax.generators.generator import load_generator
 from iar_jax.interop import llamagen
 from iar_jax.interop.torch_files import read_torch_file
-from iar_jax.models.build import load_tokenizer, load_transformer, transformer_facts
-from iar_jax.models.transformer import swiglu_hidden_dim
+from iar_jax.models.tokenizer import load_tokenizer
 from iar_jax.models.vqgan import VQModel
-from iar_jax.runtime import artifacts, checkpoint, command_line, sharding
-from iar_jax.runtime.config import grid_size
+from iar_jax.runtime import artifacts, checkpoint, sharding
 from iar_jax.runtime.errors import UserError
 from iar_jax.runtime.progress import say
 
-# Layers and width of the published models, to name the one that a file holds.
-LLAMAGEN_SIZES = {
-    (12, 768): "B",
-    (24, 1024): "L",
-    (36, 1280): "XL",
-    (48, 1536): "XXL",
-    (24, 3200): "3B",
-    (48, 2560): "XXXL",
-    (22, 2048): "1B",
-    (32, 4096): "7B",
-}
-
-EXPORTS = ("transformer", "tokenizer", "rearranged_tokenizer")
+READS = ("seed", "inputs", "mesh", "data", "tokenizer", "codebook", "model")
 
 
 def define_flags() -> None:
@@ -60,14 +53,16 @@ def define_flags() -> None:
         "into one of rearranged ids, without training.",
     )
     flags.DEFINE_string("export", None, "File to write: .safetensors, or .pt where PyTorch is installed.")
-    flags.DEFINE_enum("what", "transformer", EXPORTS, "What --export writes.")
+    flags.DEFINE_enum("what", "transformer", tuple(EXPORTS), "What --export writes.")
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> None:
     """Imports what the flags name into the workdir, or exports from it."""
     options = flags.FLAGS
     if options.export:
-        return export_weights(config, workdir, options.export, options.what)
+        EXPORTS[options.what](config, workdir, options.export)
+        say(f"import_weights: {options.what} of {workdir} written to {options.export}")
+        return
     source = options.tokenizer or options.reordered_tokenizer
     if not source:
         raise UserError("give --tokenizer=FILE (or --reordered_tokenizer=FILE with --mapping=FILE), or --export=FILE")
@@ -81,9 +76,9 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     else:
         import_permutation(config, workdir, tokenizer, permutation)
     if options.transformer:
-        converted_by = read_permutation(workdir / "codebook", tokenizer, workdir / "tokenizer")
+        codebook = artifacts.require(workdir / "codebook", "rearrange_codebook")
+        converted_by = read_permutation(artifacts.Artifact(workdir / "codebook", codebook))
         import_transformer(config, workdir, options.transformer, tokenizer, converted_by if options.rearrange else None)
-    return None
 
 
 def import_tokenizer(
@@ -101,14 +96,14 @@ def import_tokenizer(
     section = tokenizer_section(config, module, path or reordered_path or "")
     codebook = params["quantizer"]["codebook"]
     params["quantizer"] = {"codebook": codebook}  # without the buffer that counts used codes
-    cluster_size = config.codebook.cluster_size
+    size, *coarser = config.codebook.cluster_sizes
     old_to_new = np.arange(len(codebook), dtype=np.int32)
     if mapping_path:
         old_to_new = read_mapping(mapping_path, len(codebook))
     try:
-        permutation = Permutation(old_to_new, cluster_size)
+        permutation = Permutation(old_to_new, size, tuple(coarser))
     except ValueError as error:
-        raise UserError(f"{mapping_path or 'config.codebook.cluster_size'}: {error}") from error
+        raise UserError(f"{mapping_path or 'config.codebook.cluster_sizes'}: {error}") from error
     if reordered_path:
         reordered = llamagen.load_tokenizer(reordered_path)[1]["quantizer"]["codebook"]
         if path is None:
@@ -117,9 +112,9 @@ def import_tokenizer(
             check_mapping(codebook, reordered, permutation, mapping_path)
 
     directory = workdir / "tokenizer"
-    relevant = {"data": {"resolution": config.data.resolution}, "tokenizer": section}
+    made_by = RelevantConfig({"data": {"resolution": config.data.resolution}, "tokenizer": section})
     figures = {"codebook_fingerprint": artifacts.fingerprint_arrays(params["quantizer"]["codebook"])}
-    save_artifact(directory, "train_tokenizer", relevant, {}, params, figures, step=0)
+    save_artifact(directory, "train_tokenizer", made_by, {}, params, figures, step=0)
     tokenizer = artifacts.require(directory, "train_tokenizer")
     say(
         f"import_weights: tokenizer with {module.codebook_size} codes of {module.downsampling} x {module.downsampling} "
@@ -136,7 +131,7 @@ def import_permutation(
     artifacts.begin(
         directory,
         "rearrange_codebook",
-        artifacts.relevant_config(config, ("codebook",)),
+        relevant(config, ("codebook",)),
         {"tokenizer": tokenizer.fingerprint},
     )
     codebook_fingerprint = tokenizer.figures["codebook_fingerprint"]
@@ -205,28 +200,27 @@ def import_transformer(
     }
     for field, (ours, theirs) in wanted.items():
         if ours != theirs:
-            name = LLAMAGEN_SIZES.get((module.num_layers, module.dim))
+            name = size_named(module.num_layers, module.dim)
             hint = f"it looks like LlamaGen's {name}" if name else "give the config of that model"
             raise UserError(f"{path}: {field} is {ours}, and the file's model has {theirs}; {hint}")
+    generator = Autoregressive(module)
     if converted_by:
-        params = converted_by.rearrange_transformer(params)
+        params = generator.with_vocabulary(params, converted_by.new_to_old)
     codebook = artifacts.require(workdir / "codebook", "rearrange_codebook")
     inputs = {"tokenizer": tokenizer.fingerprint, "codebook": codebook.fingerprint}
     figures = {
-        "facts": transformer_facts(module),
+        "facts": generator.facts.to_json(),
         "step": 0,
         "num_params": sum(leaf.size for leaf in jax.tree.leaves(params)),
     }
-    save_artifact(
-        directory, "train", artifacts.relevant_config(config, ("model",)), inputs, params, figures, step=figures["step"]
-    )
+    save_artifact(directory, "train", relevant(config, ("model",)), inputs, params, figures, step=figures["step"])
     say(f"import_weights: transformer with {figures['num_params']:,} parameters, in {directory}")
 
 
 def save_artifact(
     directory: epath.Path,
     stage: str,
-    config: dict[str, Any],
+    config: RelevantConfig,
     inputs: dict[str, str],
     params: Any,
     figures: dict[str, Any],
@@ -239,31 +233,42 @@ def save_artifact(
     artifacts.finish(directory, artifacts.fingerprint_arrays(params), figures | {"imported": True})
 
 
-def export_weights(config: ConfigDict, workdir: epath.Path, path: str, what: str) -> None:
-    """Writes a tokenizer or a transformer of the workdir as LlamaGen's own code loads it.
+def export_transformer(config: ConfigDict, workdir: epath.Path, path: str) -> None:
+    """Writes a transformer as LlamaGen's own code loads it. One of ours predicts rearranged ids: it goes with the
+    rearranged tokenizer."""
+    directory = artifacts.locate(config.inputs, workdir, "transformer")
+    llamagen.save_transformer(jax.device_get(load_generator(directory, sharding.make_mesh(**config.mesh)).params), path)
 
-    A transformer of ours predicts rearranged ids: it goes with the rearranged tokenizer.
-    """
-    mesh = sharding.make_mesh(**config.mesh)
-    if what == "transformer":
-        directory = artifacts.input_directory(config, workdir, "transformer", "train")
-        params = jax.device_get(load_transformer(directory, mesh)[1])
-        llamagen.save_transformer(params, path)
-    else:
-        directory = artifacts.input_directory(config, workdir, "tokenizer", "tokenizer")
-        _, params, tokenizer = load_tokenizer(directory, mesh)
-        params = jax.device_get(params)
-        if what == "rearranged_tokenizer":
-            codebook_directory = artifacts.input_directory(config, workdir, "codebook", "codebook")
-            permutation = read_permutation(codebook_directory, tokenizer, directory)
-            rearranged = permutation.rearrange_codebook(params["quantizer"]["codebook"])
-            params = params | {"quantizer": {"codebook": rearranged}}
-        # LlamaGen's network counts used codes in a buffer that its strict loading asks for.
-        params["quantizer"]["codebook_used"] = np.zeros(65536, np.float32)
-        llamagen.save_tokenizer(params, path)
-    say(f"import_weights: {what} of {directory} written to {path}")
+
+def export_tokenizer(config: ConfigDict, workdir: epath.Path, path: str) -> None:
+    """Writes a tokenizer as LlamaGen's own code loads it."""
+    directory = artifacts.locate(config.inputs, workdir, "tokenizer")
+    save_tokenizer(jax.device_get(load_tokenizer(directory, sharding.make_mesh(**config.mesh)).params), path)
+
+
+def export_rearranged_tokenizer(config: ConfigDict, workdir: epath.Path, path: str) -> None:
+    """Writes a tokenizer with its codebook in the rearranged order."""
+    inputs = artifacts.open_inputs(config.inputs, workdir, "tokenizer", "codebook")
+    loaded = load_tokenizer(inputs["tokenizer"].directory, sharding.make_mesh(**config.mesh))
+    params = jax.device_get(loaded.params)
+    codebook = read_permutation(inputs["codebook"]).rearrange_codebook(params["quantizer"]["codebook"])
+    save_tokenizer(params | {"quantizer": {"codebook": codebook}}, path)
+
+
+def save_tokenizer(params: Any, path: str) -> None:
+    # LlamaGen's network counts used codes in a buffer that its strict loading asks for.
+    quantizer = params["quantizer"] | {"codebook_used": np.zeros(65536, np.float32)}
+    llamagen.save_tokenizer(params | {"quantizer": quantizer}, path)
+
+
+# --what: what --export writes.
+EXPORTS = {
+    "transformer": export_transformer,
+    "tokenizer": export_tokenizer,
+    "rearranged_tokenizer": export_rearranged_tokenizer,
+}
 
 
 if __name__ == "__main__":
     define_flags()
-    command_line.main(run)
+    command_line.main(run, READS)

@@ -7,7 +7,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from iar_jax import evaluate, extract_codes, rearrange_codebook, sample, train, train_tokenizer
-from iar_jax.runtime import command_line
+from iar_jax.config import command_line
+from iar_jax.config.fields import SECTIONS
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> None:
@@ -25,4 +26,4 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
 
 
 if __name__ == "__main__":
-    command_line.main(run)
+    command_line.main(run, tuple(SECTIONS))

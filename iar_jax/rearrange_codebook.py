@@ -5,6 +5,7 @@ python -m iar_jax.rearrange_codebook --config=configs/mnist.py --workdir=runs/mn
 
 import io
 import time
+from typing import Any
 
 import jax
 import matplotlib
@@ -12,20 +13,24 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from iar_jax.codebook.balanced_kmeans import balanced_kmeans, unconstrained_inertia
+from iar_jax.codebook.balanced_kmeans import BalancedClustering, nested_clusters, unconstrained_inertia
 from iar_jax.codebook.code_distance import neighbours_in_own_cluster
-from iar_jax.codebook.ordering import order_along_path, order_by_cluster, path_length, spanning_tree_length
+from iar_jax.codebook.ordering import ORDERS, path_length, spanning_tree_length
 from iar_jax.codebook.permutation import Permutation, save_permutation
-from iar_jax.data import pictures, preprocessing
+from iar_jax.config import command_line
+from iar_jax.config.relevance import relevant
+from iar_jax.data import image_grids, preprocessing
 from iar_jax.data.codes import permutation_fingerprint
-from iar_jax.models.build import load_tokenizer
 from iar_jax.models.quantizer import normalize
-from iar_jax.runtime import artifacts, command_line, lock, sharding
+from iar_jax.models.tokenizer import LoadedTokenizer, load_tokenizer
+from iar_jax.runtime import artifacts, lock, sharding
 from iar_jax.runtime.errors import UserError
 from iar_jax.runtime.progress import say
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+READS = ("seed", "inputs", "mesh", "codebook")
 
 CLUSTERS_SHOWN = 16
 MEMBERS_SHOWN = 32
@@ -36,80 +41,112 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     """Clusters the tokenizer's normalised codes and leaves permutation.npz, clusters.png and
     distances.png in workdir/codebook."""
     directory = workdir / "codebook"
-    tokenizer_directory = artifacts.input_directory(config, workdir, "tokenizer", "tokenizer")
-    tokenizer = artifacts.require(tokenizer_directory, "train_tokenizer")
-    relevant = artifacts.relevant_config(config, ("seed", "codebook"))
-    if artifacts.begin(directory, "rearrange_codebook", relevant, {"tokenizer": tokenizer.fingerprint}):
+    inputs = artifacts.open_inputs(config.inputs, workdir, "tokenizer")
+    made_by = relevant(config, ("seed", "codebook"))
+    if artifacts.begin(directory, "rearrange_codebook", made_by, artifacts.fingerprints(inputs)):
         say(f"rearrange_codebook: done, in {directory}")
         return
-    with lock.hold(directory):
-        rearrange(config, directory, tokenizer_directory)
-
-
-def rearrange(config: ConfigDict, directory: epath.Path, tokenizer_directory: epath.Path) -> None:
-    """Makes the artifact that `run` has begun."""
     start = time.monotonic()
-    mesh = sharding.make_mesh(**config.mesh)
-    model, params, _ = load_tokenizer(tokenizer_directory, mesh)
-    cluster_size = config.codebook.cluster_size
-    if model.codebook_size % cluster_size:
+    with lock.hold(directory):
+        tokenizer = load_tokenizer(inputs["tokenizer"].directory, sharding.make_mesh(**config.mesh))
+        raw_codebook = tokenizer.params["quantizer"]["codebook"]
+        codebook = np.asarray(normalize(raw_codebook))
+        levels, order, permutation = rearranged(codebook, config.codebook, config.seed)
+        codebook_fingerprint = artifacts.fingerprint_arrays(raw_codebook)
+        save_permutation(directory / "permutation.npz", permutation, codebook_fingerprint)
+        write_pictures(directory, tokenizer, codebook, order, permutation.cluster_size)
+        figures = measured(codebook, order, permutation, levels)
+        figures |= {"codebook_fingerprint": codebook_fingerprint, "seconds": time.monotonic() - start}
+        artifacts.finish(directory, permutation_fingerprint(permutation), figures)
+    announce(figures, permutation, directory)
+
+
+def rearranged(
+    codebook: np.ndarray, section: ConfigDict, seed: int
+) -> tuple[list[BalancedClustering], np.ndarray, Permutation]:
+    """The levels of clusters of unit code vectors, the old ids in their new order, and the permutation.
+
+    Args:
+        section: config.codebook.
+
+    Raises:
+        UserError: a cluster size does not divide the codebook.
+    """
+    sizes = tuple(section.cluster_sizes)
+    if len(codebook) % sizes[-1]:
         raise UserError(
-            f"config.codebook.cluster_size is {cluster_size}, which does not divide the {model.codebook_size} codes of "
-            f"{tokenizer_directory}"
+            f"config.codebook.cluster_sizes is {sizes}: {sizes[-1]} does not divide the {len(codebook)} codes of the "
+            "tokenizer"
         )
-
-    codebook = np.asarray(normalize(params["quantizer"]["codebook"]))
-    clustering = balanced_kmeans(
+    levels = nested_clusters(
         codebook,
-        model.codebook_size // cluster_size,
-        key=jax.random.key(config.seed),
-        assignment=config.codebook.assignment,
-        max_iterations=config.codebook.max_iterations,
-        num_restarts=config.codebook.num_restarts,
+        sizes,
+        key=jax.random.key(seed),
+        assignment=section.assignment,
+        max_iterations=section.max_iterations,
+        num_restarts=section.num_restarts,
     )
-    ordered = {"chain": order_by_cluster, "path": order_along_path}[config.codebook.order]
-    order = ordered(codebook, np.asarray(clustering.assignment))
-    permutation = Permutation.from_order(order, cluster_size)
+    order = ORDERS[section.order](codebook, *(np.asarray(level.assignment) for level in levels))
+    return levels, order, Permutation.from_order(order, sizes[0], sizes[1:])
 
-    codebook_fingerprint = artifacts.fingerprint_arrays(params["quantizer"]["codebook"])
-    save_permutation(directory / "permutation.npz", permutation, codebook_fingerprint)
-    patches = decoded_patches(model, params, order[: min(CLUSTERS_SHOWN * cluster_size, len(order))])
+
+def write_pictures(
+    directory: epath.Path, tokenizer: LoadedTokenizer, codebook: np.ndarray, order: np.ndarray, cluster_size: int
+) -> None:
+    """clusters.png, the decoded patches of the members of some clusters, and distances.png."""
+    patches = decoded_patches(tokenizer, order[: min(CLUSTERS_SHOWN * cluster_size, len(order))])
     shown = patches.reshape(-1, cluster_size, *patches.shape[1:])[:, :MEMBERS_SHOWN]
     scale = max(1, 24 // shown.shape[2])
-    picture = pictures.image_grid(shown.reshape(-1, *shown.shape[2:]), columns=shown.shape[1], scale=scale)
-    pictures.write_png(directory / "clusters.png", picture)
+    grid = image_grids.image_grid(shown.reshape(-1, *shown.shape[2:]), columns=shown.shape[1], scale=scale)
+    image_grids.write_png(directory / "clusters.png", grid)
     within, among_all = distances_within(codebook, order, cluster_size), distances_among_all(codebook)
     artifacts.write_bytes(directory / "distances.png", distance_histogram(within, among_all))
-    total = float(np.sum(np.square(codebook - codebook.mean(axis=0))))
-    unconstrained = float(unconstrained_inertia(codebook, clustering.centroids))
-    figures = {
+
+
+def measured(
+    codebook: np.ndarray, order: np.ndarray, permutation: Permutation, levels: list[BalancedClustering]
+) -> dict[str, Any]:
+    """The figures of the clusters, of the finest level where there are several, and of the order."""
+    clustering, gap = levels[0], float(levels[0].gap)
+    return {
         "inertia": float(clustering.inertia),
-        "gap": None if config.codebook.assignment == "greedy" else float(clustering.gap),
-        "unconstrained_inertia": unconstrained,
-        "inertia_of_one_cluster": total,
-        "mean_distance_within": float(np.mean(within)),
-        "mean_distance_among_all": float(np.mean(among_all)),
+        "gap": None if np.isnan(gap) else gap,  # greedy assignments have no certificate
+        "unconstrained_inertia": float(unconstrained_inertia(codebook, clustering.centroids)),
+        "inertia_of_one_cluster": float(np.sum(np.square(codebook - codebook.mean(axis=0)))),
+        "inertia_of_coarser_levels": [coarse_inertia(codebook, order, size) for size in permutation.coarser_sizes],
+        "mean_distance_within": float(np.mean(distances_within(codebook, order, permutation.cluster_size))),
+        "mean_distance_among_all": float(np.mean(distances_among_all(codebook))),
         "neighbours_in_own_cluster": neighbours_in_own_cluster(codebook, permutation.cluster_of_old, NEIGHBOURS),
         "path_length": path_length(codebook, order),
         "path_length_before": path_length(codebook, np.arange(len(order))),
         "spanning_tree_length": spanning_tree_length(codebook),
-        "num_clusters": model.codebook_size // cluster_size,
+        "num_clusters": len(codebook) // permutation.cluster_size,
         "num_iterations": int(clustering.num_iterations),
         "converged": bool(clustering.converged),
-        "codebook_fingerprint": codebook_fingerprint,
-        "seconds": time.monotonic() - start,
     }
-    artifacts.finish(directory, permutation_fingerprint(permutation), figures)
-    say(
-        f"rearrange_codebook: {figures['num_clusters']} clusters of {cluster_size}, within-cluster squared error "
-        f"{figures['inertia']:.1f}: {figures['inertia'] / total:.0%} of one cluster's, and "
-        f"{figures['inertia'] / unconstrained - 1.0:+.2%} to k-means without balance from there"
+
+
+def coarse_inertia(codebook: np.ndarray, order: np.ndarray, cluster_size: int) -> float:
+    """Within-cluster sum of squared distances of codes to the means of a level's clusters."""
+    groups = codebook[order].reshape(-1, cluster_size, codebook.shape[1]).astype(np.float64)
+    return float(np.sum(np.square(groups - groups.mean(axis=1, keepdims=True))))
+
+
+def announce(figures: dict[str, Any], permutation: Permutation, directory: epath.Path) -> None:
+    """The figures for a person."""
+    inertia, total = figures["inertia"], figures["inertia_of_one_cluster"]
+    sizes = " in ".join(
+        f"{len(permutation.old_to_new) // size} clusters of {size}" for size in permutation.cluster_sizes
     )
     say(
+        f"rearrange_codebook: {sizes}, within-cluster squared error {inertia:.1f}: {inertia / total:.0%} of one "
+        f"cluster's, and {inertia / figures['unconstrained_inertia'] - 1.0:+.2%} to k-means without balance from there"
+    )
+    chance = (permutation.cluster_size - 1) / max(len(permutation.old_to_new) - 1, 1)
+    say(
         f"{figures['neighbours_in_own_cluster']:.0%} of the {NEIGHBOURS} nearest neighbours of a code are in its "
-        f"cluster ({(cluster_size - 1) / max(len(order) - 1, 1):.1%} by chance); steps between ids sum to "
-        f"{figures['path_length']:.0f}, {figures['path_length_before']:.0f} before, no path has less than "
-        f"{figures['spanning_tree_length']:.0f}"
+        f"cluster ({chance:.1%} by chance); steps between ids sum to {figures['path_length']:.0f}, "
+        f"{figures['path_length_before']:.0f} before, no path has less than {figures['spanning_tree_length']:.0f}"
     )
     say(f"pictures in {directory / 'clusters.png'}; distances inside clusters in {directory / 'distances.png'}")
 
@@ -148,8 +185,9 @@ def distance_histogram(within: np.ndarray, among_all: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def decoded_patches(model, params, codes: np.ndarray) -> np.ndarray:
+def decoded_patches(tokenizer: LoadedTokenizer, codes: np.ndarray) -> np.ndarray:
     """What each code paints: the middle patch [f, f, 3] of a decoded 3 x 3 square of it, uint8."""
+    model, params, _ = tokenizer
     decode = jax.jit(lambda codes: model.apply({"params": params}, codes, method="decode_codes"))
     squares = np.broadcast_to(codes[:, None, None], (len(codes), 3, 3)).astype(np.int32)
     images = np.concatenate(
@@ -160,4 +198,4 @@ def decoded_patches(model, params, codes: np.ndarray) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    command_line.main(run)
+    command_line.main(run, READS)

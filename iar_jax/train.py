@@ -1,12 +1,16 @@
-"""Stage 4: codes + permutation -> transformer, trained on token_loss + lambda * cluster_loss.
+"""Stage 4: codes + permutation -> a generator, trained on token_loss + lambda * cluster_loss.
 
-python -m iar_jax.train --config=configs/mnist.py --workdir=runs/mnist
+    python -m iar_jax.train --config=configs/mnist.py --workdir=runs/mnist
+
+config.inputs.transformer names a finished transformer whose averaged weights training starts from; with
+config.inputs.step it goes on from that checkpoint instead, optimizer, step and all (a decay that branches off a run at
+a constant rate).
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,91 +19,60 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from iar_jax.config import command_line
+from iar_jax.config.relevance import relevant
 from iar_jax.data import loader
 from iar_jax.data.codes import CodeSource, FirstCrop, random_crop_codes, read_permutation
-from iar_jax.models.build import build_transformer, load_transformer, train_step_flops, transformer_facts
-from iar_jax.models.transformer import Transformer
-from iar_jax.runtime import artifacts, checkpoint, command_line, distributed, sharding
+from iar_jax.generators.code_layout import CodeLayout
+from iar_jax.generators.generator import Generator, build_generator, generator_at, load_generator
+from iar_jax.generators.settings import Facts, Objective
+from iar_jax.runtime import artifacts, checkpoint, distributed, sharding
+from iar_jax.runtime.artifacts import Artifact
 from iar_jax.runtime.errors import UserError
 from iar_jax.runtime.progress import say
-from iar_jax.training import transformer_steps
+from iar_jax.runtime.section import Section
+from iar_jax.training import generator_steps
 from iar_jax.training.loop import TrainingRun
-from iar_jax.training.optimizer import cluster_weight_schedule, learning_rate_of, optimizer_of
+from iar_jax.training.optimizer import optimizer_of
+from iar_jax.training.schedules import cluster_weights_of, learning_rate_of
 from iar_jax.training.state import TrainState, skip_unless_finite
+
+READS = ("seed", "inputs", "mesh", "model", "training")
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> None:
-    """Trains the transformer of config.model on the rearranged codes and leaves it in workdir/train."""
-    directory = workdir / "train"
-    tokenizer_directory = artifacts.input_directory(config, workdir, "tokenizer", "tokenizer")
-    codebook_directory = artifacts.input_directory(config, workdir, "codebook", "codebook")
-    codes_directory = artifacts.input_directory(config, workdir, "codes", "codes")
-    tokenizer = artifacts.require(tokenizer_directory, "train_tokenizer")
-    permutation = read_permutation(codebook_directory, tokenizer, tokenizer_directory)
-    train_codes = read_codes_metadata(codes_directory / "train", tokenizer, tokenizer_directory)
-    val_codes = read_codes_metadata(codes_directory / "val", tokenizer, tokenizer_directory)
-    inputs = {
-        "tokenizer": tokenizer.fingerprint,
-        "codebook": artifacts.require(codebook_directory, "rearrange_codebook").fingerprint,
-        "codes": train_codes.fingerprint,
-        "val_codes": val_codes.fingerprint,
-    }
-    initial_directory = epath.Path(config.inputs.transformer).expanduser() if config.inputs.transformer else None
-    if initial_directory:
-        initial = artifacts.require(initial_directory, "train")
-        if initial.inputs["codebook"] != inputs["codebook"]:
-            raise UserError(
-                f"{initial_directory} was trained with another codebook ({initial.inputs['codebook'][:12]}) than "
-                f"{codebook_directory} ({inputs['codebook'][:12]}): its ids mean other codes (import_weights "
-                "--rearrange turns a file of weights with original ids into a transformer of rearranged ones)"
-            )
-        inputs["transformer"] = initial.fingerprint
-    if artifacts.begin(directory, "train", artifacts.relevant_config(config, ("seed", "model", "training")), inputs):
+    """Trains the generator of config.model on the rearranged codes and leaves it in workdir/train."""
+    directory, section = workdir / "train", config.training
+    inputs = open_inputs(config.inputs, workdir)
+    made_by = relevant(config, ("seed", "model", "training"))
+    if artifacts.begin(directory, "train", made_by, artifacts.fingerprints(inputs)):
         say(f"train: done, in {directory}")
         return
-    section = config.training
     mesh = sharding.make_mesh(**config.mesh)
     sharding.check_batch_size(mesh, section.batch_size, "config.training.batch_size", section.accumulation)
-
-    num_classes = len(train_codes.figures["class_names"])
-    source = CodeSource(codes_directory / "train", permutation, num_classes)
-    val_source = FirstCrop(CodeSource(codes_directory / "val", permutation, num_classes))
-    num_tokens = source[0]["codes"].shape[1]
-    grid_size = round(num_tokens**0.5)
-    if grid_size**2 != num_tokens:
-        raise UserError(f"{codes_directory} has {num_tokens} codes an image, which is no square grid")
-
-    model, init, train_step = make_step(
-        config,
-        mesh,
-        vocab_size=len(permutation.old_to_new),
-        cluster_size=permutation.cluster_size,
-        num_classes=num_classes,
-        grid_size=grid_size,
-    )
+    codes = open_codes(inputs)
+    generator, init, train_step = make_step(config, mesh, codes.facts, codes.cluster_sizes)
     # What a checkpoint is read by while training goes on.
-    facts = transformer_facts(model)
+    facts = generator.facts.to_json()
     artifacts.note(directory, {"facts": facts})
-    key = jax.random.key(config.seed)
-    eval_step = jax.jit(
-        transformer_steps.make_eval_step(model, cluster_size=permutation.cluster_size, loss_chunks=section.loss_chunks),
-        out_shardings=sharding.replicated(mesh),
-    )
+    eval_step = jax.jit(generator_steps.make_eval_step(generator), out_shardings=sharding.replicated(mesh))
 
     with (
         sharding.use_mesh(mesh),
-        TrainingRun.of(
-            section, directory, "train", flops_per_step=train_step_flops(model, section.batch_size)
-        ) as training,
+        TrainingRun.of(section, directory, "train", flops_per_step=generator.flops(section.batch_size)) as training,
     ):
-        state, shardings = sharding.initialise_sharded(init, mesh, key)
-        if initial_directory:
-            state = with_initial_weights(state, initial_directory, model, mesh)
-        state = training.resume(state, checkpoint.abstract_tree(state, shardings))
+        state, shardings = sharding.initialise_sharded(init, mesh, jax.random.key(config.seed))
+        abstract = checkpoint.abstract_tree(state, shardings)
+        initial = inputs.get("transformer")
+        if initial and config.inputs.step:
+            state = training.resume(state, abstract, branched_from=(initial.directory, config.inputs.step))
+        else:
+            state = with_weights_of(initial, state, config.model, mesh) if initial else state
+            state = training.resume(state, abstract)
         step_fn = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
         part, num_parts = sharding.local_part(mesh)
         batches = loader.train_batches(
-            source,
+            codes.train,
             random_crop_codes,
             seed=config.seed,
             batch_size=section.batch_size,
@@ -109,90 +82,113 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         )
 
         def validated(state: TrainState) -> dict[str, float]:
-            return validate(eval_step, state.ema_params, val_source, mesh, section.batch_size)
+            return validate(eval_step, state.ema_params, codes.val, mesh, section.batch_size)
 
         for _ in training.steps():
             batch = sharding.global_batch(mesh, training.next_batch(batches))
-            state, metrics = step_fn(state, batch["label"], batch["codes"])
+            state, metrics = step_fn(state, batch)
             training.finished_step(state, metrics, validated)
         figures = training.log_validation(validated(state))
         seconds = training.seconds
 
     fingerprint = artifacts.fingerprint_arrays(distributed.to_host(state.ema_params))
     num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    artifacts.finish(
-        directory,
-        fingerprint,
-        figures | {"facts": facts, "step": section.num_steps, "num_params": num_params, "seconds": seconds},
-    )
-    say(
-        f"train: {num_params:,} parameters; on val token loss {figures['token_loss']:.3f}, cluster loss "
-        f"{figures['cluster_loss']:.3f}, token accuracy {figures['token_accuracy']:.1%}, cluster accuracy "
-        f"{figures['cluster_accuracy']:.1%}"
-    )
+    about = {"facts": facts, "step": section.num_steps, "num_params": num_params, "seconds": seconds}
+    artifacts.finish(directory, fingerprint, figures | about)
+    say(f"train: {num_params:,} parameters; on val {summary(figures)}")
+
+
+def open_inputs(section: Section, workdir: epath.Path) -> dict[str, Artifact]:
+    """What training reads: artifacts that belong together; also a "transformer" to start from, where one is given.
+
+    Args:
+        section: config.inputs.
+    """
+    inputs = artifacts.open_inputs(section, workdir, "tokenizer", "codebook", "codes", "val_codes")
+    if section["transformer"]:
+        directory = artifacts.locate(section, workdir, "transformer")
+        initial, codebook = Artifact(directory, generator_at(directory, section["step"])), inputs["codebook"]
+        if initial.metadata.inputs["codebook"] != codebook.fingerprint:
+            raise UserError(
+                f"{directory} was trained with another codebook ({initial.metadata.inputs['codebook'][:12]}) than "
+                f"{codebook.directory} ({codebook.fingerprint[:12]}): its ids mean other codes (import_weights "
+                "--rearrange turns a file of weights with original ids into a transformer of rearranged ones)"
+            )
+        inputs["transformer"] = initial
+    elif section["step"]:
+        raise UserError("config.inputs.step is set; it is a step of config.inputs.transformer, which is not")
+    return inputs
+
+
+class Codes(NamedTuple):
+    """Codes to train on and to validate with, as rearranged ids, and what they say of a generator."""
+
+    train: CodeSource
+    val: FirstCrop
+    facts: Facts
+    cluster_sizes: tuple[int, ...]
+
+
+def open_codes(inputs: Mapping[str, Artifact]) -> Codes:
+    """The codes of both splits, in the rearranged order."""
+    permutation = read_permutation(inputs["codebook"])
+    directory, num_classes = inputs["codes"].directory, len(inputs["codes"].metadata.figures["class_names"])
+    train = CodeSource(directory, permutation, num_classes)
+    val = FirstCrop(CodeSource(inputs["val_codes"].directory, permutation, num_classes))
+    try:
+        layout = CodeLayout.of_length(train[0]["codes"].shape[1])
+    except ValueError as error:
+        raise UserError(f"{directory}: {error}") from error
+    return Codes(train, val, Facts(len(permutation.old_to_new), num_classes, layout), permutation.cluster_sizes)
 
 
 def make_step(
-    config: ConfigDict, mesh: Mesh, *, vocab_size: int, cluster_size: int, num_classes: int, grid_size: int
-) -> tuple[Transformer, Callable[[Any], TrainState], Callable[..., tuple[TrainState, transformer_steps.Metrics]]]:
-    """The model of a config, how its state begins (a function of a key), and its train step.
+    config: ConfigDict, mesh: Mesh, facts: Facts, cluster_sizes: tuple[int, ...]
+) -> tuple[Generator, Callable[[Any], TrainState], Callable[..., tuple[TrainState, generator_steps.Metrics]]]:
+    """The generator of a config, how its state begins (a function of a key), and its train step.
 
     Raises:
-        UserError: the mesh does not divide the model.
+        UserError: the mesh does not divide the generator, or λ is not given for each level of clusters.
     """
     section = config.training
-    model = build_transformer(config.model, vocab_size=vocab_size, num_classes=num_classes, grid_size=grid_size)
-    sharding.check_divides(
-        mesh,
-        {
-            "width of the model": (model.dim, "fsdp"),
-            "heads": (model.num_heads, "tensor"),
-            "hidden units": (model.hidden_dim, "tensor"),
-            "clusters of codes": (model.vocab_size // cluster_size, "tensor"),
-        },
-    )
-    optimizer = optimizer_of(section)
-    train_step = transformer_steps.make_train_step(
-        model,
+    if len(section.cluster_weights) != len(cluster_sizes):
+        raise UserError(
+            f"config.training.cluster_weights is {tuple(section.cluster_weights)}, and the codebook has clusters of "
+            f"{cluster_sizes}: give one weight for each size"
+        )
+    generator = build_generator(config.model, facts, Objective(cluster_sizes, section.loss_chunks))
+    sharding.check_divides(mesh, generator.splits)
+    optimizer = optimizer_of(section, generator.decays)
+    train_step = generator_steps.make_train_step(
+        generator,
         optimizer,
-        cluster_size=cluster_size,
-        cluster_weight=cluster_weight_schedule(
-            section.cluster_weight_schedule, section.cluster_weight, section.cluster_weight_end, section.num_steps
-        ),
+        cluster_weights=cluster_weights_of(section),
         ema_decay=section.ema_decay,
         key=jax.random.fold_in(jax.random.key(config.seed), 1),
         accumulation=section.accumulation,
-        loss_chunks=section.loss_chunks,
         learning_rate=learning_rate_of(section),
     )
     if section.max_skipped_steps:
         train_step = skip_unless_finite(train_step)
-    init = functools.partial(transformer_steps.init_train_state, model=model, optimizer=optimizer)
-    return model, init, train_step
+    init = functools.partial(generator_steps.init_train_state, generator=generator, optimizer=optimizer)
+    return generator, init, train_step
 
 
-def read_codes_metadata(
-    directory: epath.Path, tokenizer: artifacts.Metadata, tokenizer_directory: epath.Path
-) -> artifacts.Metadata:
-    """Metadata of a split's codes; refuses codes of another tokenizer."""
-    metadata = artifacts.require(directory, "extract_codes")
-    if metadata.inputs["tokenizer"] != tokenizer.fingerprint:
-        raise UserError(
-            f"{directory} holds codes of another tokenizer ({metadata.inputs['tokenizer'][:12]}) than "
-            f"{tokenizer_directory} ({tokenizer.fingerprint[:12]}); run python -m iar_jax.extract_codes for this one"
-        )
-    return metadata
+def with_weights_of(initial: Artifact, state: TrainState, section: ConfigDict, mesh: Mesh) -> TrainState:
+    """A fresh state that starts from a finished transformer's averaged weights.
 
+    Args:
+        section: config.model.
 
-def with_initial_weights(state: TrainState, directory: epath.Path, model: Transformer, mesh: Mesh) -> TrainState:
-    """A fresh state that starts from a finished transformer's averaged weights."""
-    initial_model, params, _, _ = load_transformer(directory, mesh)
+    Raises:
+        UserError: the transformer is another model; names the fields of the config that differ.
+    """
+    params = load_generator(initial.directory, mesh).params
     if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, state.params):
-        raise UserError(
-            f"{directory} is another model ({transformer_facts(initial_model)}, width {initial_model.dim}, "
-            f"{initial_model.num_layers} layers) than the config's ({transformer_facts(model)}, width {model.dim}, "
-            f"{model.num_layers} layers)"
-        )
+        ours = relevant(ConfigDict({"model": section}), ("model",))
+        others = [str(d) for d in ours.differences(initial.metadata.config, None)[0]]
+        facts = initial.metadata.figures["facts"]
+        raise UserError(f"{initial.directory} is another model than the config's: {'; '.join(others) or facts}")
     # Two copies: the step gives its state's buffers away.
     return dataclasses.replace(state, params=params, ema_params=jax.tree.map(jnp.copy, params))
 
@@ -201,12 +197,21 @@ def validate(eval_step, params, source: FirstCrop, mesh: Mesh, batch_size: int) 
     """Losses and accuracies over the val split, without dropout of any kind."""
     sums: dict[str, float] = {}
     for batch in loader.eval_batches(source, batch_size):
-        inputs = sharding.global_batch(mesh, sharding.part_of(mesh, batch))
-        found = jax.device_get(eval_step(params, inputs["label"], inputs["codes"], inputs["valid"]))
+        rows = sharding.global_batch(mesh, sharding.part_of(mesh, batch))
+        valid = rows.pop("valid")
+        found = jax.device_get(eval_step(params, rows, valid))
         sums = {name: sums.get(name, 0.0) + float(value) for name, value in found.items()}
     count = sums.pop("count")
     return {name: float(np.float64(value) / count) for name, value in sums.items()}
 
 
+def summary(figures: Mapping[str, float]) -> str:
+    """The figures of the validation, in a line."""
+    return (
+        f"token loss {figures['token_loss']:.3f}, cluster loss {figures['cluster_loss']:.3f}, token accuracy "
+        f"{figures['token_accuracy']:.1%}, cluster accuracy {figures['cluster_accuracy']:.1%}"
+    )
+
+
 if __name__ == "__main__":
-    command_line.main(run)
+    command_line.main(run, READS)

@@ -11,34 +11,38 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from iar_jax.data import loader, pictures, preprocessing
+from iar_jax.config import command_line
+from iar_jax.config.relevance import relevant
+from iar_jax.data import image_grids, loader, preprocessing
 from iar_jax.data.images import ImageDataset, open_images
+from iar_jax.data.preprocessing import AUGMENTATIONS
 from iar_jax.interop.lpips import load_lpips
-from iar_jax.models.build import build_tokenizer
 from iar_jax.models.discriminator import PatchDiscriminator
+from iar_jax.models.tokenizer import build_tokenizer
 from iar_jax.models.vqgan import VQModel
-from iar_jax.runtime import artifacts, checkpoint, command_line, distributed, sharding
+from iar_jax.runtime import artifacts, checkpoint, distributed, sharding
 from iar_jax.runtime.progress import say
 from iar_jax.training import tokenizer_steps
 from iar_jax.training.loop import TrainingRun
 from iar_jax.training.optimizer import optimizer_of
 from iar_jax.training.state import TokenizerState, skip_unless_finite
 
-SECTIONS = ("seed", "data", "tokenizer", "tokenizer_training")
+READS = ("seed", "mesh", "data", "tokenizer", "tokenizer_training")
+MADE_BY = ("seed", "data", "tokenizer", "tokenizer_training")
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> None:
     """Trains the tokenizer of config.tokenizer and leaves it in workdir/tokenizer."""
     directory = workdir / "tokenizer"
-    relevant = artifacts.relevant_config(config, SECTIONS)
-    if artifacts.finished(directory, relevant, {}):
+    made_by = relevant(config, MADE_BY)
+    if artifacts.finished(directory, made_by, {}):
         say(f"train_tokenizer: done, in {directory}")
         return
     section = config.tokenizer_training
     mesh = sharding.make_mesh(**config.mesh)
     sharding.check_batch_size(mesh, section.batch_size, "config.tokenizer_training.batch_size")
     images = open_images(config.data)
-    artifacts.begin(directory, "train_tokenizer", relevant, {"images": images.fingerprint})
+    artifacts.begin(directory, "train_tokenizer", made_by, {"images": images.fingerprint})
 
     model, discriminator, init, make_step = make_steps(config)
     key = jax.random.key(config.seed)
@@ -54,11 +58,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         )
         plain_step = compile_step(make_step(adversarial=False))
         adversarial_step = compile_step(make_step(adversarial=True)) if discriminator else plain_step
-        seed = jax.jit(functools.partial(tokenizer_steps.seed_codebook, model), out_shardings=shardings)
-        restart = jax.jit(
-            functools.partial(tokenizer_steps.restart_dead_codes, model, dead_below=section.dead_below),
-            out_shardings=shardings,
-        )
+        tend = codebook_care(model, config, images, key, shardings)
         evaluate = jax.jit(tokenizer_steps.make_tokenizer_eval_step(model), out_shardings=sharding.replicated(mesh))
         part, num_parts = sharding.local_part(mesh)
         batches = loader.train_batches(
@@ -76,25 +76,16 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
 
         for step in training.steps():
             batch = sharding.global_batch(mesh, training.next_batch(batches)["image"])
-            if step == section.quantize_from_step and step > 0:
-                state = seed(state, seed_images(config, images), jax.random.fold_in(key, step))
-            if (
-                section.restart_every
-                and section.quantize_from_step < step < section.restart_until_step
-                and step % section.restart_every == 0
-            ):
-                state = restart(state, batch, jax.random.fold_in(key, step))
-            adversarial = step >= section.adversarial_from_step
-            state, metrics = (adversarial_step if adversarial else plain_step)(state, batch)
+            state = tend(state, batch, step)
+            train_step = adversarial_step if step >= section.adversarial_from_step else plain_step
+            state, metrics = train_step(state, batch)
             training.finished_step(state, metrics, lambda state: validated(state)[0])
         figures, originals, reconstructions = validated(state)
         figures = training.log_validation(figures)
         seconds = training.seconds
 
-    pairs = np.stack([originals[:10], reconstructions[:10]]).reshape(-1, *originals.shape[1:])
-    scale = pictures.scale_to_see(config.data.resolution)
     path = directory / "samples" / f"reconstructions-{section.num_steps:07d}.png"
-    pictures.write_png(path, pictures.image_grid(pairs, columns=len(originals[:10]), scale=scale))
+    write_pairs(path, originals[:10], reconstructions[:10])
     fingerprint = artifacts.fingerprint_arrays(distributed.to_host(state.ema_params))
     unreadable = list(images.unreadable)
     artifacts.finish(directory, fingerprint, figures | {"seconds": seconds, "unreadable": unreadable})
@@ -150,13 +141,40 @@ def make_steps(config: ConfigDict) -> tuple[VQModel, PatchDiscriminator | None, 
     return model, discriminator, init, make_step
 
 
+def codebook_care(model: VQModel, config: ConfigDict, images: ImageDataset, key, shardings) -> Callable:
+    """(state, batch, step) -> state: seeds the codebook from encoder outputs and restarts codes that are hardly used,
+    at the steps that config.tokenizer_training says."""
+    section = config.tokenizer_training
+    seed = jax.jit(functools.partial(tokenizer_steps.seed_codebook, model), out_shardings=shardings)
+    restart = jax.jit(
+        functools.partial(tokenizer_steps.restart_dead_codes, model, dead_below=section.dead_below),
+        out_shardings=shardings,
+    )
+
+    def tend(state, batch, step):
+        if step == section.quantize_from_step and step > 0:
+            state = seed(state, seed_images(config, images), jax.random.fold_in(key, step))
+        if (
+            section.restart_every
+            and section.quantize_from_step < step < section.restart_until_step
+            and step % section.restart_every == 0
+        ):
+            state = restart(state, batch, jax.random.fold_in(key, step))
+        return state
+
+    return tend
+
+
+def write_pairs(path: epath.Path, originals: np.ndarray, reconstructions: np.ndarray) -> None:
+    """Images above their reconstructions, as a PNG."""
+    pairs = np.stack([originals, reconstructions]).reshape(-1, *originals.shape[1:])
+    scale = image_grids.scale_to_see(originals.shape[1])
+    image_grids.write_png(path, image_grids.image_grid(pairs, columns=len(originals), scale=scale))
+
+
 def augment(section: ConfigDict, record: dict, rng: np.random.Generator) -> dict:
-    """A training picture in [-1, 1], moved or cropped as config.data says."""
-    pixels = record["image"]
-    if section.augmentation == "shift":
-        pixels = preprocessing.random_shift(pixels, section.max_shift, rng)
-    elif section.augmentation == "crop_flip":
-        pixels = preprocessing.random_crop_flip(pixels, section.smallest_crop, rng)
+    """A training image in [-1, 1], moved or cropped as config.data says."""
+    pixels = AUGMENTATIONS[section.augmentation].of_tokenizer(record["image"], section, rng)
     return {"image": preprocessing.to_unit_range(pixels), "image_id": record["image_id"]}
 
 
@@ -190,4 +208,4 @@ def validate(evaluate, params, images: ImageDataset, mesh, batch_size: int) -> t
 
 
 if __name__ == "__main__":
-    command_line.main(run)
+    command_line.main(run, READS)

@@ -14,6 +14,8 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 # Before jax: the compilers must not look for hardware.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -28,11 +30,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 from iar_jax import train, train_tokenizer
-from iar_jax.models.build import train_step_flops
+from iar_jax.config.checks import check_config, grid_size
+from iar_jax.generators.code_layout import CodeLayout
+from iar_jax.generators.settings import Facts
 from iar_jax.runtime import sharding
-from iar_jax.runtime.compiled_cost import CHIPS, Chip, collective_traffic, step_bound
-from iar_jax.runtime.config import check_config, grid_size
+from iar_jax.runtime.chips import CHIPS, Chip
 from iar_jax.runtime.errors import UserError
+from launch.compiled_cost import collective_traffic, step_bound
 
 config_flags.DEFINE_config_file("config", None, "Path of the config, with its argument after a colon.")
 flags.DEFINE_string("topology", None, "CHIP:SHAPE, as v5e:16x16, v5p:4x4x4 or h100:8 (h100:2x8 is two nodes).")
@@ -76,12 +80,9 @@ def compile_and_measure(config: ConfigDict, topology: str, stage: str, num_class
     chip, devices, platform = devices_of(topology)
     shape = sharding.mesh_shape(**config.mesh, num_devices=len(devices))
     mesh = sharding.mesh_of(devices, shape)
-    section = config.training if stage == "train" else config.tokenizer_training
-    accumulation = section.accumulation if stage == "train" else 1
-    sharding.check_batch_size(mesh, section.batch_size, f"config.{_section(stage)}.batch_size", accumulation)
     start = time.monotonic()
     # Made before the mesh is set: nothing can be computed on chips that are not there.
-    init, step, batch, flops = recipe(config, mesh, stage, num_classes)
+    section, init, step, batch, flops = RECIPES[stage](config, mesh, num_classes)
     key = jax.eval_shape(lambda: jax.random.key(0))
     with sharding.use_mesh(mesh):
         boxed = jax.eval_shape(init, key)
@@ -113,8 +114,10 @@ def compile_and_measure(config: ConfigDict, topology: str, stage: str, num_class
     )
     traffic = collective_traffic(compiled.as_text(), dict(mesh.shape))
     touched = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    counted = "the model's: causal half, nothing recomputed"
     if flops is None:
         # The compiler's own count, which is right where there are no loops.
+        counted = "the compiler's count"
         flops = float(compiled.cost_analysis()["flops"]) * len(devices)
     bound = step_bound(chip, len(devices), model_flops=flops, bytes_touched=touched, traffic=traffic)
     steps = section.num_steps
@@ -137,6 +140,7 @@ def compile_and_measure(config: ConfigDict, topology: str, stage: str, num_class
         "capacity": chip.memory,
         "fits": peak <= chip.memory,
         "flops_per_step": flops,
+        "flops_are": counted,
         "collectives": [
             {
                 "kind": item.kind,
@@ -164,26 +168,40 @@ def compile_and_measure(config: ConfigDict, topology: str, stage: str, num_class
     }
 
 
-def recipe(config: ConfigDict, mesh: Mesh, stage: str, num_classes: int):
-    """How the state begins, the step, the shapes of a batch, and the FLOPs of a step (None where not counted)."""
-    rows = sharding.batch_sharding(mesh)
-    if stage == "train_tokenizer":
-        _, discriminator, init, make_step = train_tokenizer.make_steps(config)
-        size, batch_size = config.data.resolution, config.tokenizer_training.batch_size
-        images = jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.float32, sharding=rows)
-        return init, make_step(adversarial=discriminator is not None), (images,), None
-    batch_size = config.training.batch_size
-    model, init, step = train.make_step(
-        config,
-        mesh,
-        vocab_size=config.tokenizer.codebook_size,
-        cluster_size=config.codebook.cluster_size,
-        num_classes=num_classes,
-        grid_size=grid_size(config),
-    )
-    labels = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=rows)
-    codes = jax.ShapeDtypeStruct((batch_size, model.num_tokens), jnp.int32, sharding=rows)
-    return init, step, (labels, codes), train_step_flops(model, batch_size)
+class Recipe(NamedTuple):
+    """A training: the section of its config, how its state begins, its step, the shapes of a batch, and the FLOPs of a
+    step (None where they are not counted)."""
+
+    section: ConfigDict
+    init: Callable[[Any], Any]
+    step: Callable[..., Any]
+    batch: tuple[Any, ...]
+    flops: float | None
+
+
+def generator_recipe(config: ConfigDict, mesh: Mesh, num_classes: int) -> Recipe:
+    section, rows = config.training, sharding.batch_sharding(mesh)
+    sharding.check_batch_size(mesh, section.batch_size, "config.training.batch_size", section.accumulation)
+    facts = Facts(config.tokenizer.codebook_size, num_classes, CodeLayout.square(grid_size(config)))
+    generator, init, step = train.make_step(config, mesh, facts, tuple(config.codebook.cluster_sizes))
+    batch = {
+        "label": jax.ShapeDtypeStruct((section.batch_size,), jnp.int32, sharding=rows),
+        "codes": jax.ShapeDtypeStruct((section.batch_size, generator.layout.length), jnp.int32, sharding=rows),
+    }
+    return Recipe(section, init, step, (batch,), generator.flops(section.batch_size))
+
+
+def tokenizer_recipe(config: ConfigDict, mesh: Mesh, num_classes: int) -> Recipe:
+    section, size = config.tokenizer_training, config.data.resolution
+    sharding.check_batch_size(mesh, section.batch_size, "config.tokenizer_training.batch_size")
+    _, discriminator, init, make_step = train_tokenizer.make_steps(config)
+    shape, rows = (section.batch_size, size, size, 3), sharding.batch_sharding(mesh)
+    images = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=rows)
+    return Recipe(section, init, make_step(adversarial=discriminator is not None), (images,), None)
+
+
+# --stage.
+RECIPES = {"train": generator_recipe, "train_tokenizer": tokenizer_recipe}
 
 
 def devices_of(topology: str) -> tuple[Chip, list, str]:
@@ -227,10 +245,6 @@ def advice(chip: Chip) -> str:
     )
 
 
-def _section(stage: str) -> str:
-    return "training" if stage == "train" else "tokenizer_training"
-
-
 def print_table(f: dict) -> None:
     """The figures for a person."""
     mesh = " x ".join(f"{name} {size}" for name, size in f["mesh"].items())
@@ -243,8 +257,7 @@ def print_table(f: dict) -> None:
         ("parameters a device", f"{gb['parameters']:.3f} GB, optimizer {gb['optimizer']:.3f}, EMA {gb['ema']:.3f}"),
         ("peak memory a device", f"{gb['peak']:.2f} GB of {f['capacity'] / 1e9:.1f} GB: {fits}"),
     ]
-    counted = "the model's: causal half, nothing recomputed" if f["stage"] == "train" else "the compiler's count"
-    lines.append(("FLOPs a step", f"{f['flops_per_step']:.3e} ({counted})"))
+    lines.append(("FLOPs a step", f"{f['flops_per_step']:.3e} ({f['flops_are']})"))
     lines += [
         (
             item["kind"],

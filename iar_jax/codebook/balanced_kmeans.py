@@ -4,7 +4,8 @@ Every cluster gets exactly N/n vectors, so that the rearranged codebook splits i
 """
 
 import functools
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,7 @@ def balanced_kmeans(
     *,
     initial_centroids: Float[Array | np.ndarray, "n d"] | None = None,
     key: Key[Array, ""] | None = None,
-    assignment: Literal["greedy", "optimal"] = "greedy",
+    assignment: str = "greedy",
     max_iterations: int = 100,
     num_restarts: int = 1,
 ) -> BalancedClustering:
@@ -73,6 +74,7 @@ def balanced_kmeans(
         key: draws the first centroids of each restart where none are given, as k-means++ does (the paper draws them
             evenly, which ends worse): each next one with probability proportional to the squared distance to those
             already there.
+        assignment: a key of ASSIGNMENTS.
         num_restarts: runs side by side, but for the exact iterations of optimal ones. The lowest inertia wins.
 
     Raises:
@@ -110,6 +112,27 @@ def balanced_kmeans(
     )
 
 
+def nested_clusters(
+    vectors: Float[Array | np.ndarray, "N d"], cluster_sizes: Sequence[int], *, key: Key[Array, ""], **options: Any
+) -> list[BalancedClustering]:
+    """Nested levels of balanced clusters: of the vectors, then of the centroids of the level before.
+
+    Args:
+        cluster_sizes: vectors of a cluster, for each level from the finest on; each divides the next.
+        key: of the first level; further ones fold their number in.
+        options: as in `balanced_kmeans`, for all levels.
+
+    Raises:
+        ValueError: as `balanced_kmeans`.
+    """
+    levels: list[BalancedClustering] = []
+    for number, size in enumerate(cluster_sizes):
+        members = np.asarray(levels[-1].centroids) if levels else vectors
+        level_key = jax.random.fold_in(key, number) if number else key
+        levels.append(balanced_kmeans(members, vectors.shape[0] // size, key=level_key, **options))
+    return levels
+
+
 def _mesh(num_vectors: int) -> Mesh:
     """This process's devices in a row, as many of them as divide the vectors."""
     devices = jax.local_devices()
@@ -132,15 +155,7 @@ def plus_plus_seeds(vectors: Float[Array, "N d"], num_seeds: int, key: Key[Array
 def _best_run(vectors, starts, assignment, max_iterations, mesh):
     chunks = in_chunks(vectors, starts.shape[0] * starts.shape[1], mesh.size)
     chunks = jax.lax.with_sharding_constraint(chunks, NamedSharding(mesh, PartitionSpec(None, "vectors")))
-    if assignment == "greedy":
-        prices = jnp.zeros(starts.shape[1])
-        if starts.shape[0] == 1:  # a scatter for one run is cheaper than a batched one
-            return _run(chunks, starts[0], prices, assignment, max_iterations)
-        runs = jax.vmap(lambda start: _run(chunks, start, prices, assignment, max_iterations))(starts)
-    else:
-        annealed = jax.vmap(anneal, (None, 0))(chunks, starts)
-        # One after the other: side by side, every run would pay for the longest repair of all.
-        runs = jax.lax.map(lambda found: _run(chunks, *found, assignment, max_iterations), annealed)
+    runs = ASSIGNMENTS[assignment](chunks, starts, max_iterations)
     best = jnp.argmin(runs.inertia)
     return jax.tree.map(lambda x: x[best], runs)
 
@@ -149,7 +164,7 @@ def _run(
     chunks: Float[Array, "chunks rows d"],
     start: Float[Array, "n d"],
     prices: Float[Array, " n"],
-    kind: str,
+    assign: Callable[[Any, Costs, Any], BalancedAssignment],
     max_iterations: int,
 ) -> BalancedClustering:
     vectors = chunks.reshape(-1, chunks.shape[-1])
@@ -158,15 +173,10 @@ def _run(
         clustering, _ = carry
         return ~clustering.converged & (clustering.num_iterations < max_iterations)
 
-    def assign(centroids, prices):
-        costs = functools.partial(squared_distances, centroids=centroids)
-        if kind == "greedy":
-            return BalancedAssignment(greedy_assignment(chunks, costs, prices), prices, jnp.float32(jnp.nan))
-        return optimal_assignment(chunks, costs, prices, TEMPERATURES, ROUNDS, fallback=greedy_assignment)
-
     def iterate(carry):
         clustering, prices = carry
-        assignment, prices, gap = assign(clustering.centroids, prices)
+        costs = functools.partial(squared_distances, centroids=clustering.centroids)
+        assignment, prices, gap = assign(chunks, costs, prices)
         centroids, inertia = means_and_inertia(vectors, assignment, start.shape[0])
         still = jnp.all(jnp.abs(centroids - clustering.centroids) <= 1e-8 + 1e-5 * jnp.abs(clustering.centroids))
         clustering = BalancedClustering(
@@ -214,6 +224,40 @@ def greedy_assignment(
     visited = vectors[visit].reshape(chunks.shape)
     _, clusters = jax.lax.scan(place_chunk, room, visited, unroll=chunks.shape[0] == 1)
     return jnp.zeros(num_vectors, jnp.int32).at[visit].set(clusters.ravel())
+
+
+def greedy_runs(
+    chunks: Float[Array, "chunks rows d"], starts: Float[Array, "runs n d"], max_iterations: int
+) -> BalancedClustering:
+    """A run of the paper's algorithm from each start."""
+    prices = jnp.zeros(starts.shape[1])
+
+    def assign(chunks, costs, prices):
+        return BalancedAssignment(greedy_assignment(chunks, costs, prices), prices, jnp.float32(jnp.nan))
+
+    def run(start):
+        return _run(chunks, start, prices, assign, max_iterations)
+
+    if starts.shape[0] == 1:  # a scatter for one run is cheaper than a batched one
+        return jax.tree.map(lambda x: x[None], run(starts[0]))
+    return jax.vmap(run)(starts)
+
+
+def optimal_runs(
+    chunks: Float[Array, "chunks rows d"], starts: Float[Array, "runs n d"], max_iterations: int
+) -> BalancedClustering:
+    """A run with the cheapest assignments from where annealing ends, for each start."""
+
+    def assign(chunks, costs, prices):
+        return optimal_assignment(chunks, costs, prices, TEMPERATURES, ROUNDS, fallback=greedy_assignment)
+
+    annealed = jax.vmap(anneal, (None, 0))(chunks, starts)
+    # One after the other: side by side, every run would pay for the longest repair of all.
+    return jax.lax.map(lambda found: _run(chunks, found[0], found[1], assign, max_iterations), annealed)
+
+
+# config.codebook.assignment: (chunks of vectors, starts, iterations) -> a clustering for each start.
+ASSIGNMENTS: dict[str, Callable[..., BalancedClustering]] = {"greedy": greedy_runs, "optimal": optimal_runs}
 
 
 @jax.jit

@@ -18,22 +18,33 @@ from iar_jax.codebook.distances import nearest_neighbours
 CANDIDATES, LONGEST_RUN = 8, 3
 
 
-def order_by_cluster(vectors: Float[np.ndarray, "N d"], assignment: Int[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
+def order_by_cluster(
+    vectors: Float[np.ndarray, "N d"], assignment: Int[np.ndarray, " N"], *coarser: Int[np.ndarray, " n"]
+) -> Int[np.ndarray, " N"]:
     """Old ids in the order of the published mapping: clusters by index, inside each the nearest-neighbour chain.
 
     Args:
         vectors: the vectors that were clustered.
         assignment: cluster of each; all clusters equally large.
+        coarser: of further levels, the cluster of each cluster of the level before; those of one come together.
 
     Returns:
         `order` with order[new] = old.
     """
     num_clusters = int(assignment.max()) + 1
     chains = []
-    for cluster in range(num_clusters):
+    for cluster in clusters_by_index(num_clusters, *coarser):
         members = np.flatnonzero(assignment == cluster)
         chains.append(members[nearest_neighbour_chain(vectors[members])])
     return np.concatenate(chains).astype(np.int32)
+
+
+def clusters_by_index(num_clusters: int, *coarser: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    """Clusters in the order of their index, those of one coarser cluster together, which come by index themselves."""
+    if not coarser:
+        return np.arange(num_clusters)
+    groups = clusters_by_index(int(coarser[0].max()) + 1, *coarser[1:])
+    return np.concatenate([np.flatnonzero(coarser[0] == group) for group in groups])
 
 
 def nearest_neighbour_chain(members: Float[np.ndarray, "m d"]) -> Int[np.ndarray, " m"]:
@@ -65,7 +76,9 @@ def nearest_neighbour_chain(members: Float[np.ndarray, "m d"]) -> Int[np.ndarray
     return chain
 
 
-def order_along_path(vectors: Float[np.ndarray, "N d"], assignment: Int[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
+def order_along_path(
+    vectors: Float[np.ndarray, "N d"], assignment: Int[np.ndarray, " N"], *coarser: Int[np.ndarray, " n"]
+) -> Int[np.ndarray, " N"]:
     """Old ids along one short path through all codes that visits one cluster after the other.
 
     The clusters come in the order of a short path through their means. The codes start as a nearest-neighbour path,
@@ -74,6 +87,7 @@ def order_along_path(vectors: Float[np.ndarray, "N d"], assignment: Int[np.ndarr
     Args:
         vectors: the vectors that were clustered.
         assignment: cluster of each; all clusters equally large.
+        coarser: of further levels, the cluster of each cluster of the level before; those of one come together.
 
     Returns:
         `order` with order[new] = old.
@@ -83,8 +97,12 @@ def order_along_path(vectors: Float[np.ndarray, "N d"], assignment: Int[np.ndarr
     if num_clusters == 1:
         return np.asarray(_short_path(vectors, jnp.asarray(assignment), jnp.zeros(1, jnp.int32)))
     members = np.argsort(assignment, kind="stable").reshape(num_clusters, -1)
-    clusters = order_along_path(vectors[members].mean(axis=1), np.zeros(num_clusters, np.int32))
+    clusters = order_along_path(vectors[members].mean(axis=1), *(coarser or (np.zeros(num_clusters, np.int32),)))
     return np.asarray(_short_path(vectors, jnp.asarray(assignment), jnp.asarray(clusters)))
+
+
+# config.codebook.order: (vectors, assignment, *coarser) -> old ids in their new order.
+ORDERS = {"chain": order_by_cluster, "path": order_along_path}
 
 
 def path_length(vectors: Float[np.ndarray, "N d"], order: Int[np.ndarray, " N"]) -> float:

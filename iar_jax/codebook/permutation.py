@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import zipfile
 from typing import Any
 
@@ -15,14 +16,18 @@ class Permutation:
 
     Attributes:
         old_to_new: int32 [N], a permutation of 0 .. N - 1.
-        cluster_size: S; new ids [c * S, (c + 1) * S) are cluster c.
+        cluster_size: S of the finest level; new ids [c * S, (c + 1) * S) are cluster c.
+        coarser_sizes: of further levels, nested; new ids [c * S, (c + 1) * S) are cluster c of a level with clusters
+            of S codes.
 
     Raises:
-        ValueError: when old_to_new is no permutation (it names the first id that is wrong) or S does not divide N.
+        ValueError: when old_to_new is not a permutation (it names the first id that is wrong), or a size does not
+            divide the next one, or the last one N.
     """
 
     old_to_new: Int[np.ndarray, " N"]
     cluster_size: int
+    coarser_sizes: tuple[int, ...] = ()
 
     def __post_init__(self):
         size = len(self.old_to_new)
@@ -35,11 +40,21 @@ class Permutation:
             seen[new] = True
         if self.cluster_size < 1 or size % self.cluster_size:
             raise ValueError(f"cluster_size {self.cluster_size} does not divide the codebook size {size}")
+        for finer, coarser in itertools.pairwise((*self.cluster_sizes, size)):
+            if coarser % finer:
+                raise ValueError(f"cluster sizes {self.cluster_sizes} of {size} codes are not nested")
 
     @classmethod
-    def from_order(cls, order: Int[np.ndarray, " N"], cluster_size: int) -> "Permutation":
+    def from_order(
+        cls, order: Int[np.ndarray, " N"], cluster_size: int, coarser_sizes: tuple[int, ...] = ()
+    ) -> "Permutation":
         """From old ids in their new order, order[new] = old."""
-        return cls(invert(order), cluster_size)
+        return cls(invert(order), cluster_size, coarser_sizes)
+
+    @property
+    def cluster_sizes(self) -> tuple[int, ...]:
+        """Of all levels, from the finest on."""
+        return (self.cluster_size, *self.coarser_sizes)
 
     @property
     def new_to_old(self) -> Int[np.ndarray, " N"]:
@@ -58,18 +73,6 @@ class Permutation:
     def rearrange_codebook(self, codebook: Float[Array | np.ndarray, "N d"]) -> Float[Array | np.ndarray, "N d"]:
         """The codebook in the rearranged order: row `new` is the vector of the code with that id."""
         return codebook[self.new_to_old]
-
-    def rearrange_transformer(self, params: dict[str, Any]) -> dict[str, Any]:
-        """Parameters of a transformer that was trained on original ids, for rearranged ones.
-
-        Its logits are the same numbers in the rearranged order, so the most likely code is the same one, and so is the
-        distribution that is sampled from (a seed draws differently: its random bits belong to ids).
-
-        Args:
-            params: with `token_table` [N, D] and `head` [D, N]; the rest is shared with the result.
-        """
-        order = self.new_to_old
-        return params | {"token_table": params["token_table"][order], "head": params["head"][:, order]}
 
 
 def invert(permutation: Int[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
@@ -91,6 +94,7 @@ def save_permutation(path: Any, permutation: Permutation, codebook_fingerprint: 
         buffer,
         old_to_new=permutation.old_to_new.astype(np.int32),
         cluster_size=permutation.cluster_size,
+        coarser_sizes=np.array(permutation.coarser_sizes, np.int32),
         codebook_fingerprint=codebook_fingerprint,
     )
     partial = path.parent / (path.name + ".partial")
@@ -106,8 +110,10 @@ def load_permutation(path: Any) -> tuple[Permutation, str]:
     """
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as content:
+            # Files from before there were levels have none.
+            coarser = tuple(content["coarser_sizes"].tolist()) if "coarser_sizes" in content else ()
             return (
-                Permutation(content["old_to_new"].astype(np.int32), int(content["cluster_size"])),
+                Permutation(content["old_to_new"].astype(np.int32), int(content["cluster_size"]), coarser),
                 str(content["codebook_fingerprint"]),
             )
     except (KeyError, OSError, EOFError, zipfile.BadZipFile) as error:

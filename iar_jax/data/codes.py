@@ -14,7 +14,7 @@ from grain.sources import ArrayRecordDataSource
 from jaxtyping import Int
 
 from iar_jax.codebook.permutation import Permutation, load_permutation
-from iar_jax.runtime.artifacts import Metadata, fingerprint_arrays, read_metadata, require
+from iar_jax.runtime.artifacts import Artifact, fingerprint_arrays, read_metadata
 from iar_jax.runtime.errors import UserError, brief
 
 MAKE_AGAIN = "delete that directory and run python -m iar_jax.extract_codes again"
@@ -132,24 +132,19 @@ def code_usage(directory: epath.Path, codebook_size: int) -> np.ndarray | None:
 
 def permutation_fingerprint(permutation: Permutation) -> str:
     """Fingerprint of a codebook artifact."""
-    return fingerprint_arrays(
-        {"old_to_new": permutation.old_to_new, "cluster_size": np.asarray(permutation.cluster_size)}
-    )
+    arrays = {"old_to_new": permutation.old_to_new, "cluster_size": np.asarray(permutation.cluster_size)}
+    if permutation.coarser_sizes:
+        arrays["coarser_sizes"] = np.asarray(permutation.coarser_sizes)
+    return fingerprint_arrays(arrays)
 
 
-def read_permutation(directory: epath.Path, tokenizer: Metadata, tokenizer_directory: epath.Path) -> Permutation:
-    """The finished permutation of a tokenizer's codebook.
+def read_permutation(codebook: Artifact) -> Permutation:
+    """The permutation of a finished codebook.
 
     Raises:
-        UserError: not there, damaged, or of another tokenizer.
+        UserError: it is damaged, or not the one that belongs there.
     """
-    metadata = require(directory, "rearrange_codebook")
-    if metadata.inputs["tokenizer"] != tokenizer.fingerprint:
-        raise UserError(
-            f"{directory} was made from another tokenizer ({metadata.inputs['tokenizer'][:12]}) than "
-            f"{tokenizer_directory} ({tokenizer.fingerprint[:12]}); run python -m "
-            "iar_jax.rearrange_codebook for this one"
-        )
+    directory, metadata = codebook
     try:
         permutation, codebook_fingerprint = load_permutation(directory / "permutation.npz")
     except ValueError as error:

@@ -1,12 +1,17 @@
 """From decoded pictures to uint8 arrays [size, size, 3]: crops, shifts and flips."""
 
-from collections.abc import Sequence
+import io
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 from PIL import Image, ImageOps
+
+from iar_jax.runtime.errors import UserError, brief
+from iar_jax.runtime.section import Section
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -22,6 +27,19 @@ def to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
+
+
+def decoded(content: bytes, where: str) -> Image.Image:
+    """RGB image of an encoded one, as ADM and LlamaGen convert ImageNet's: transparency dropped, no EXIF rotation.
+
+    Raises:
+        UserError: the bytes, which lie `where`, are not an image.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"{where} is not an image ({brief(error)})") from error
 
 
 def center_crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]:
@@ -77,6 +95,11 @@ def shifted_crops(pixels: UInt8[np.ndarray, "H W 3"], max_shift: int) -> UInt8[n
     return np.stack([shift(pixels, down, right) for down, right in moves])
 
 
+def with_mirror(pixels: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "2 H W 3"]:
+    """The image and its mirror image."""
+    return np.stack([pixels, pixels[:, ::-1]])
+
+
 def ten_crop(image: Image.Image, size: int, crop_range: float) -> UInt8[np.ndarray, "10 size size 3"]:
     """Ten crops in torchvision's order: four corners and the centre, then the same of the mirrored picture.
 
@@ -90,23 +113,58 @@ def ten_crop(image: Image.Image, size: int, crop_range: float) -> UInt8[np.ndarr
     return np.stack([p[top : top + size, left : left + size] for p in both for top, left in corners])
 
 
-def crops(
-    image: Image.Image, kind: str, size: int, *, max_shift: int, crop_ranges: Sequence[float]
-) -> UInt8[np.ndarray, "crops size size 3"]:
-    """The views of a training picture whose codes are stored.
+class Views(NamedTuple):
+    """What the views of an image depend on besides it.
 
-    Args:
-        kind: "center" is the centre crop alone, "mirror" adds its mirror image, "shifts" is `shifted_crops` of it;
-            "ten_crop" is `ten_crop` for each of crop_ranges, one after the other.
+    Attributes:
+        size: their side, pixels.
+        max_shift: of `shifts`, pixels.
+        crop_ranges: of `ten_crop`: the image's side over the crop's.
     """
-    if kind == "ten_crop":
-        return np.concatenate([ten_crop(image, size, crop_range) for crop_range in crop_ranges])
-    pixels = center_crop(image, size)
-    if kind == "shifts":
-        return shifted_crops(pixels, max_shift)
-    if kind == "mirror":
-        return np.stack([pixels, pixels[:, ::-1]])
-    return pixels[None]
+
+    size: int
+    max_shift: int = 0
+    crop_ranges: Sequence[float] = ()
+
+
+# config.codes.crops: an image and its `Views` -> the views whose codes are stored, uint8 [crops, size, size, 3].
+CROPS: dict[str, Callable[[Image.Image, Views], UInt8[np.ndarray, "crops size size 3"]]] = {
+    "center": lambda image, views: center_crop(image, views.size)[None],
+    "mirror": lambda image, views: with_mirror(center_crop(image, views.size)),
+    "shifts": lambda image, views: shifted_crops(center_crop(image, views.size), views.max_shift),
+    "ten_crop": lambda image, views: np.concatenate([ten_crop(image, views.size, r) for r in views.crop_ranges]),
+}
+
+# A training image, config.data and a generator -> the image as it is trained on.
+Augment = Callable[[np.ndarray, Section, np.random.Generator], np.ndarray]
+
+
+def unchanged(pixels: np.ndarray, section: Section, rng: np.random.Generator) -> np.ndarray:
+    return pixels
+
+
+def moved(pixels: np.ndarray, section: Section, rng: np.random.Generator) -> np.ndarray:
+    return random_shift(pixels, section["max_shift"], rng)
+
+
+def cropped(pixels: np.ndarray, section: Section, rng: np.random.Generator) -> np.ndarray:
+    return random_crop_flip(pixels, section["smallest_crop"], rng)
+
+
+class Augmentation(NamedTuple):
+    """What is done to training images: to those of the tokenizer, and to those of the classifier, which are always
+    moved a little first."""
+
+    of_tokenizer: Augment
+    of_classifier: Augment
+
+
+# config.data.augmentation.
+AUGMENTATIONS = {
+    "none": Augmentation(unchanged, unchanged),
+    "shift": Augmentation(moved, unchanged),
+    "crop_flip": Augmentation(cropped, cropped),
+}
 
 
 def reduced(images: Float[Array | np.ndarray, "B H H 3"], size: int) -> Float[Array, "B size size 3"]:

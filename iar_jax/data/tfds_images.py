@@ -6,7 +6,6 @@ are converted to RGB as ADM and LlamaGen do for ImageNet: transparency is droppe
 
 import functools
 import hashlib
-import io
 import itertools
 import struct
 from bisect import bisect_right
@@ -18,8 +17,10 @@ import numpy as np
 from PIL import Image
 
 from iar_jax.data import preprocessing
-from iar_jax.runtime.errors import UserError, brief
+from iar_jax.data.image_source import Opened
+from iar_jax.runtime.errors import UserError
 from iar_jax.runtime.progress import progress
+from iar_jax.runtime.section import Section
 
 
 class TfdsSource:
@@ -47,11 +48,7 @@ class TfdsSource:
 
     def example(self, index: int) -> tuple[Image.Image, int]:
         record = self.records[int(index)]
-        try:
-            with Image.open(io.BytesIO(record["image"])) as image:
-                return image.convert("RGB"), int(record["label"])
-        except (OSError, ValueError, SyntaxError) as error:
-            raise UserError(f"{self.name}: record {index} is no picture ({brief(error)})") from error
+        return preprocessing.decoded(record["image"], f"{self.name}: record {index}"), int(record["label"])
 
     @functools.cached_property
     def labels(self) -> np.ndarray:
@@ -154,3 +151,20 @@ class TfdsSplits:
             first_id += len(records)
             digest.update(f" {split} {info.shard_lengths} {info.num_bytes}".encode())
         self.fingerprint = digest.hexdigest()
+
+
+def open_tfds(name: str, section: Section) -> Opened:
+    """A prepared set: its validation split, else its test split, is what we validate on, where it has one.
+
+    Raises:
+        UserError: see `TfdsSplits`; or it has no train split.
+    """
+    found = TfdsSplits(name, section["tfds_dir"], section["resolution"])
+    if "train" not in found.sources:
+        raise UserError(f"tfds:{name} has no train split")
+    val = found.sources.get("validation") or found.sources.get("test")
+
+    def fingerprint(held_out: bytes) -> str:
+        return hashlib.sha256(found.fingerprint.encode() + held_out).hexdigest() if held_out else found.fingerprint
+
+    return Opened(found.sources["train"], val, found.class_names, fingerprint)

@@ -23,17 +23,22 @@ images first, and its last hidden layer is what distances are taken in. Such fig
 with each other, never with published ones. With `inception` they are the ADM suite's.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
 from iar_jax import sample
+from iar_jax.config import command_line
+from iar_jax.data.image_streams import SourceStream
 from iar_jax.data.images import open_images
-from iar_jax.data.rows import SourceRows
-from iar_jax.evaluate import code_distance, files, reconstruction, scores, sweep, watch
-from iar_jax.evaluation import adm_suite
-from iar_jax.models.build import transformer_at
-from iar_jax.runtime import artifacts, command_line
+from iar_jax.evaluate import code_substitution, files, reconstruction, scores, sweep, watch
+from iar_jax.generators.generator import generator_at
+from iar_jax.generators.settings import samples_name
+from iar_jax.metrics import adm_suite
+from iar_jax.runtime import artifacts
 from iar_jax.runtime.errors import UserError
 from iar_jax.runtime.progress import say
 
@@ -53,7 +58,7 @@ def run(config: ConfigDict | None, workdir: epath.Path | None) -> None:
     target = options["make-reference"].value
     if target:
         images, split = open_images(config.data), options.split or "train"
-        rows = SourceRows(getattr(images, split))
+        rows = SourceStream(getattr(images, split))
         images_of_split = adm_suite.ImageSet(rows, f"{images.name} {split}", f"{images.fingerprint} {split}", "real")
         network = files.inception_network(weights_of(config))
         kept = workdir / "evaluation" / "features"
@@ -62,13 +67,8 @@ def run(config: ConfigDict | None, workdir: epath.Path | None) -> None:
         sweep.run(config, workdir, options.sweep, sample_and_score)
     elif options.watch:
         watch.run(config, workdir, options.watch_seconds, sample_and_score)
-    elif options.what == "code_distance":
-        code_distance.run(config, workdir)
-    elif options.what == "reconstruction":
-        reference = path_of(options.reference) if options.reference else None
-        reconstruction.run(config, workdir, weights_of(config), reference, options.batch_size)
     else:
-        score(config, workdir)
+        MEASURES[options.what](config, workdir)
 
 
 def run_on_files(path: epath.Path) -> None:
@@ -99,16 +99,29 @@ def score(config: ConfigDict, workdir: epath.Path) -> dict[str, float | None]:
     if not options.reference:
         found = scores.run(config, workdir)["scores"][scores.SAMPLED]
         return {name: value for name, value in found.items() if name != "count"}
-    transformer = transformer_at(
-        artifacts.input_directory(config, workdir, "transformer", "train"), config.sampling.step
-    )
-    name = artifacts.samples_name(config, transformer.figures["step"])
+    transformer = generator_at(artifacts.locate(config.inputs, workdir, "transformer"), config.sampling.step)
+    name = samples_name(config.sampling, transformer.figures["step"])
     artifacts.require(workdir / "samples" / name, "sample")
     network, kept = files.inception_network(weights_of(config)), workdir / "evaluation" / "features"
     reference = adm_suite.load_reference(path_of(options.reference), network, kept, options.batch_size)
     images = files.open_set(workdir / "samples" / name / "samples.npz", "samples")
     output = workdir / "evaluation" / f"{name}-inception"
     return files.score(images, reference, network, output, kept, options.batch_size)["scores"]
+
+
+def measure_reconstruction(config: ConfigDict, workdir: epath.Path) -> None:
+    """What the tokenizer does to the val images."""
+    options = flags.FLAGS
+    reference = path_of(options.reference) if options.reference else None
+    reconstruction.run(config, workdir, weights_of(config), reference, options.batch_size)
+
+
+# --what.
+MEASURES: dict[str, Callable[[ConfigDict, epath.Path], Any]] = {
+    "scores": score,
+    "code_distance": code_substitution.run,
+    "reconstruction": measure_reconstruction,
+}
 
 
 def sample_and_score(config: ConfigDict, workdir: epath.Path) -> dict[str, float | None]:
@@ -126,7 +139,7 @@ def path_of(text: str) -> epath.Path:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_enum("what", "scores", ("scores", "code_distance", "reconstruction"), "What is measured.")
+    flags.DEFINE_enum("what", "scores", tuple(MEASURES), "What is measured.")
     flags.DEFINE_string(
         "samples", None, "Images to score: a .npz with arr_0, uint8 [N, H, W, 3], or a folder of pictures."
     )
@@ -143,4 +156,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("sweep", None, "FIELD=FIRST:LAST:STEP of config.sampling: sample and score at each value.")
     flags.DEFINE_bool("watch", False, "Score each checkpoint of a training that may be running, until it is finished.")
     flags.DEFINE_float("watch_seconds", 30.0, "How often --watch looks for a new checkpoint.", lower_bound=0.1)
-    command_line.main(run, needs_config=lambda: not flags.FLAGS.samples)
+    command_line.main(run, scores.READS, needs_config=lambda: not flags.FLAGS.samples)

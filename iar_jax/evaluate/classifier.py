@@ -1,25 +1,29 @@
 """Scores without weights from elsewhere: in the features of a small classifier that is trained on the same images."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from iar_jax.config.relevance import relevant
 from iar_jax.data import loader, preprocessing
+from iar_jax.data.image_streams import ImageStream, SourceStream
 from iar_jax.data.images import ImageDataset
-from iar_jax.data.rows import Rows, SourceRows
-from iar_jax.evaluation import features, frechet, precision_recall
-from iar_jax.evaluation.adm_suite import ImageSet
+from iar_jax.metrics import features, frechet, precision_recall
+from iar_jax.metrics.adm_suite import ImageSet
 from iar_jax.models.classifier import Classifier
 from iar_jax.runtime import artifacts, checkpoint, sharding
 from iar_jax.runtime.progress import progress
 from iar_jax.training import classifier_steps
 from iar_jax.training.loop import TrainingRun
-from iar_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from iar_jax.training.optimizer import make_optimizer
+from iar_jax.training.schedules import learning_rate_schedule
 
 
 class Judge(NamedTuple):
@@ -34,7 +38,7 @@ def scores(
     judge: Judge, images: ImageDataset, sets: dict[str, ImageSet], section: ConfigDict
 ) -> dict[str, dict[str, Any]]:
     """Figures of each set of labelled images, by title, against the training images."""
-    reference, _ = judged(judge, "train images", SourceRows(images.train), section.batch_size)
+    reference, _ = judged(judge, "train images", SourceStream(images.train), section.batch_size)
     statistics = frechet.feature_statistics(reference)
     found = {}
     for title, candidates in sets.items():
@@ -52,7 +56,7 @@ def scores(
     return found
 
 
-def judged(judge: Judge, title: str, rows: Rows, batch_size: int) -> features.ClassifierFeatures:
+def judged(judge: Judge, title: str, rows: ImageStream, batch_size: int) -> features.ClassifierFeatures:
     """Features and predictions of all rows."""
     parts = []
     with progress(f"features of {title}", rows.shape[0], "images") as shown:
@@ -66,8 +70,8 @@ def trained(config: ConfigDict, directory: epath.Path, images: ImageDataset, mes
     """The classifier of this data set, trained unless it is there."""
     section = config.evaluation
     model = Classifier(num_classes=len(images.class_names), resolution=config.data.resolution)
-    relevant = artifacts.relevant_config(config, ("seed", "data", "evaluation"))
-    done = artifacts.begin(directory, "evaluate", relevant, {"images": images.fingerprint})
+    made_by = relevant(config, ("seed", "data", "evaluation"))
+    done = artifacts.begin(directory, "evaluate", made_by, {"images": images.fingerprint})
     optimizer = make_optimizer(
         learning_rate_schedule("cosine", section.classifier_learning_rate, 20, section.classifier_steps),
         b1=0.9,
@@ -76,12 +80,31 @@ def trained(config: ConfigDict, directory: epath.Path, images: ImageDataset, mes
         clip_norm=1.0,
     )
     init = functools.partial(classifier_steps.init_classifier_state, model=model, optimizer=optimizer)
-    key = jax.random.key(config.seed)
     if done:
-        shapes = jax.eval_shape(init, key).ema_params
+        shapes = jax.eval_shape(init, jax.random.key(config.seed)).ema_params
         abstract = checkpoint.abstract_tree(shapes, jax.tree.map(lambda _: sharding.replicated(mesh), shapes))
         params, _ = checkpoint.restore_params(directory / "checkpoints", abstract)
         return Judge(model, params, done.figures["val_accuracy"])
+    params = train(config, directory, images, mesh, model, optimizer, init)
+    judge = Judge(model, params, 0.0)
+    _, predictions = judged(judge, "val images", SourceStream(images.val), section.batch_size)
+    accuracy = float(np.mean(predictions == images.val.labels))
+    params = jax.device_get(params)
+    artifacts.finish(directory, artifacts.fingerprint_arrays(params), {"val_accuracy": accuracy})
+    return judge._replace(val_accuracy=accuracy)
+
+
+def train(
+    config: ConfigDict,
+    directory: epath.Path,
+    images: ImageDataset,
+    mesh: Mesh,
+    model: Classifier,
+    optimizer: optax.GradientTransformation,
+    init: Callable[[Any], Any],
+) -> Any:
+    """Trains the classifier, or goes on; returns its averaged weights."""
+    section, key = config.evaluation, jax.random.key(config.seed)
     sharding.check_batch_size(mesh, section.classifier_batch_size, "config.evaluation.classifier_batch_size")
     with (
         sharding.use_mesh(mesh),
@@ -117,17 +140,11 @@ def trained(config: ConfigDict, directory: epath.Path, images: ImageDataset, mes
             batch = sharding.global_batch(mesh, training.next_batch(batches))
             state, metrics = train_step(state, batch["image"], batch["label"])
             training.finished_step(state, metrics)
-    judge = Judge(model, state.ema_params, 0.0)
-    _, predictions = judged(judge, "val images", SourceRows(images.val), section.batch_size)
-    accuracy = float(np.mean(predictions == images.val.labels))
-    params = jax.device_get(state.ema_params)
-    artifacts.finish(directory, artifacts.fingerprint_arrays(params), {"val_accuracy": accuracy})
-    return judge._replace(val_accuracy=accuracy)
+    return state.ema_params
 
 
 def augment(section: ConfigDict, record: dict, rng: np.random.Generator) -> dict:
     """A training picture of the classifier in [-1, 1], moved by up to two pixels, cropped where the config says so."""
     pixels = preprocessing.random_shift(record["image"], 2, rng)
-    if section.augmentation == "crop_flip":
-        pixels = preprocessing.random_crop_flip(pixels, section.smallest_crop, rng)
+    pixels = preprocessing.AUGMENTATIONS[section.augmentation].of_classifier(pixels, section, rng)
     return {"image": preprocessing.to_unit_range(pixels), "label": record["label"], "image_id": record["image_id"]}

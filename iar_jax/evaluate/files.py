@@ -6,10 +6,10 @@ from typing import Any
 from etils import epath
 
 from iar_jax.data.array_parts import read_array
-from iar_jax.data.rows import PictureRows
-from iar_jax.evaluation import adm_suite
-from iar_jax.evaluation.adm_suite import ImageSet, Network, Reference
+from iar_jax.data.image_streams import FolderStream
 from iar_jax.interop import downloads, inception
+from iar_jax.metrics import adm_suite
+from iar_jax.metrics.adm_suite import ImageSet, Network, Reference
 from iar_jax.runtime import artifacts, lock
 from iar_jax.runtime.progress import say
 
@@ -31,7 +31,7 @@ def open_set(path: epath.Path, kind: str) -> ImageSet:
         UserError: no such images.
     """
     if path.is_dir():
-        found = PictureRows(path)
+        found = FolderStream(path)
         return ImageSet(found, path.name, found.sha256(), kind, lossy=found.lossy)
     rows, labels_path = adm_suite.open_images(path), path.parent / "labels.npy"
     labels = read_array(labels_path) if labels_path.exists() else None

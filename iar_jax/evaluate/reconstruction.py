@@ -10,18 +10,18 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from iar_jax.data import pictures, preprocessing
+from iar_jax.data import image_grids, preprocessing
 from iar_jax.data.array_parts import ArrayParts
+from iar_jax.data.image_streams import MappedStream, SourceStream
 from iar_jax.data.images import ImageDataset, open_images
-from iar_jax.data.rows import MappedRows, SourceRows
 from iar_jax.evaluate import files
-from iar_jax.evaluation import adm_suite, features, ssim
-from iar_jax.evaluation.adm_suite import ImageSet
 from iar_jax.interop import downloads
 from iar_jax.interop.lpips import available as lpips_available
 from iar_jax.interop.lpips import load_lpips
 from iar_jax.losses.tokenizer_losses import psnr
-from iar_jax.models.build import load_tokenizer
+from iar_jax.metrics import adm_suite, features, ssim
+from iar_jax.metrics.adm_suite import ImageSet
+from iar_jax.models.tokenizer import load_tokenizer
 from iar_jax.runtime import artifacts, lock, sharding
 from iar_jax.runtime.progress import progress, say
 
@@ -32,7 +32,7 @@ def run(
     """Leaves figures.json, both sets as .npz and pairs.png in workdir/evaluation/reconstruction; with Inception weights
     scores.json, against the val images themselves or the reference that is given."""
     directory = workdir / "evaluation" / "reconstruction"
-    tokenizer_directory = artifacts.input_directory(config, workdir, "tokenizer", "tokenizer")
+    tokenizer_directory = artifacts.locate(config.inputs, workdir, "tokenizer")
     model, params, tokenizer = load_tokenizer(tokenizer_directory, sharding.make_mesh(**config.mesh))
     images = open_images(config.data)
     size = config.evaluation.batch_size
@@ -61,8 +61,8 @@ def run(
             shown.update(len(batch))
         some = np.linspace(0, len(images.val) - 1, min(10, len(images.val))).round().astype(int)
         pairs = np.concatenate([part.take(some) for part in sets.values()])
-        scale = pictures.scale_to_see(config.data.resolution)
-        pictures.write_png(directory / "pairs.png", pictures.image_grid(pairs, columns=len(some), scale=scale))
+        scale = image_grids.scale_to_see(config.data.resolution)
+        image_grids.write_png(directory / "pairs.png", image_grids.image_grid(pairs, columns=len(some), scale=scale))
         for name, part in sets.items():
             part.save_npz(directory / f"{name}.npz")
             part.remove()
@@ -88,10 +88,10 @@ def val_sets(
     images: ImageDataset, reconstruct: Callable[[np.ndarray], np.ndarray], tokenizer: artifacts.Metadata
 ) -> tuple[ImageSet, ImageSet]:
     """The val images, and their reconstructions, which are made as they are read."""
-    rows = SourceRows(images.val)
+    rows = SourceStream(images.val)
     originals = ImageSet(rows, f"{images.name} val", f"{images.fingerprint} val", "real", images.val.labels)
     return originals, ImageSet(
-        MappedRows(rows, reconstruct),
+        MappedStream(rows, reconstruct),
         f"{images.name} val, reconstructed",
         f"{images.fingerprint} val {tokenizer.fingerprint}",
         "reconstructions",

@@ -4,24 +4,37 @@ import functools
 import hashlib
 import json
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from iar_jax.data import pictures
+from iar_jax.codebook.permutation import Permutation
+from iar_jax.config.relevance import relevant
+from iar_jax.data import image_grids
 from iar_jax.data.array_parts import read_array
 from iar_jax.data.codes import code_usage, read_permutation
+from iar_jax.data.image_streams import SourceStream
 from iar_jax.data.images import ImageDataset, open_images
-from iar_jax.data.rows import SourceRows
 from iar_jax.evaluate import classifier, files, reconstruction
-from iar_jax.evaluation import adm_suite, report
-from iar_jax.evaluation.adm_suite import ImageSet
-from iar_jax.models.build import load_tokenizer, transformer_at
+from iar_jax.generators.generator import generator_at
+from iar_jax.generators.settings import samples_name
+from iar_jax.metrics import adm_suite, report
+from iar_jax.metrics.adm_suite import ImageSet
 from iar_jax.models.quantizer import normalize
+from iar_jax.models.tokenizer import LoadedTokenizer, load_tokenizer
 from iar_jax.runtime import artifacts, lock, metric_log, sharding
+from iar_jax.runtime.artifacts import Artifact
 from iar_jax.runtime.progress import say
+from iar_jax.runtime.section import Section
+
+READS = ("seed", "inputs", "mesh", "data", "sampling", "evaluation")
+
+# (figure, what it is).
+Cards = list[tuple[str, str]]
 
 # The sets that are scored against the training images, in the order of the report.
 REAL, RECONSTRUCTED, SAMPLED = "real val images (the floor)", "reconstructions of them", "samples"
@@ -43,152 +56,207 @@ SHOWN = {
 def run(config: ConfigDict, workdir: epath.Path) -> dict[str, Any]:
     """Scores the samples of config.sampling in the features of config.evaluation, and leaves STEP-SETTINGS.json and
     report.html in workdir/evaluation; returns the content of the first."""
-    directory = workdir / "evaluation"
-    tokenizer_directory = artifacts.input_directory(config, workdir, "tokenizer", "tokenizer")
-    transformer_directory = artifacts.input_directory(config, workdir, "transformer", "train")
-    transformer = transformer_at(transformer_directory, config.sampling.step)
-    name = artifacts.samples_name(config, transformer.figures["step"])
-    samples_directory = workdir / "samples" / name
-    samples = artifacts.require(samples_directory, "sample")
-    inputs = {"samples": samples.fingerprint}
-    if config.evaluation.features == "inception" and config.evaluation.reference:
-        inputs["reference"] = artifacts.sha256_of(reference_file(config))
-    relevant = artifacts.relevant_config(config, ("seed", "data", "evaluation"))
-    done = artifacts.begin(directory / name, "evaluate", relevant, inputs)
+    directory, section = workdir / "evaluation", config.evaluation
+    inputs = artifacts.open_inputs(config.inputs, workdir, "tokenizer", "codebook")
+    inputs["transformer"] = transformer_of(config.inputs, workdir, config.sampling.step)
+    name = samples_name(config.sampling, inputs["transformer"].metadata.figures["step"])
+    samples = Artifact(workdir / "samples" / name, artifacts.require(workdir / "samples" / name, "sample"))
+    given = {"samples": samples.fingerprint, **SCORERS[section.features].inputs(section)}
+    made_by = relevant(config, ("seed", "data", "evaluation"))
+    done = artifacts.begin(directory / name, "evaluate", made_by, given)
     if done and (directory / "report.html").exists():
         say(f"evaluate: done, in {directory}")
-        announce(done.figures["scores"], samples_directory, directory, name)
+        announce(done.figures["scores"], samples.directory, directory, name)
         return done.figures["scores"]
     start = time.monotonic()
     mesh = sharding.make_mesh(**config.mesh)
     images = open_images(config.data)
-    model, tokenizer_params, tokenizer = load_tokenizer(tokenizer_directory, mesh)
+    tokenizer = load_tokenizer(inputs["tokenizer"].directory, mesh)
     reconstruct = functools.partial(
-        reconstruction.through_tokenizer, model, tokenizer_params, batch_size=config.evaluation.batch_size
+        reconstruction.through_tokenizer, tokenizer.model, tokenizer.params, batch_size=section.batch_size
     )
-    labels = read_array(samples_directory / "labels.npy")
-    rows = adm_suite.open_images(samples_directory / "samples.npz")
-    originals, reconstructions = reconstruction.val_sets(images, reconstruct, tokenizer)
+    originals, reconstructions = reconstruction.val_sets(images, reconstruct, tokenizer.metadata)
+    labels = read_array(samples.directory / "labels.npy")
+    stream = adm_suite.open_images(samples.directory / "samples.npz")
     sets = {
         REAL: originals,
         RECONSTRUCTED: reconstructions,
-        SAMPLED: ImageSet(rows, name, samples.fingerprint, "samples", labels),
+        SAMPLED: ImageSet(stream, name, samples.fingerprint, "samples", labels),
     }
-    if config.evaluation.features == "classifier":
-        judge = classifier.trained(config, directory / "classifier", images, mesh)
-        content: dict[str, Any] = {
-            "features": "classifier",
-            "classifier_val_accuracy": judge.val_accuracy,
-            "reference": f"{images.name}, {len(images.train)} training images",
-            "scores": classifier.scores(judge, images, sets, config.evaluation),
-        }
-    else:
-        with lock.hold(directory / "features"):
-            content = inception_scores(config, directory, images, sets)
+    content = SCORERS[section.features].score(config, directory, images, sets, mesh)
     content |= {"labels": config.sampling.labels, "cfg_scale": config.sampling.cfg_scale}
     artifacts.write_bytes(directory / f"{name}.json", (json.dumps(content, indent=2) + "\n").encode())
     seconds = time.monotonic() - start
+    page = page_of(config, workdir, inputs | {"samples": samples}, tokenizer, images, reconstruct, content, seconds)
+    artifacts.write_bytes(directory / "report.html", page.encode())
+    fingerprint = hashlib.sha256(json.dumps(content["scores"]).encode()).hexdigest()
+    artifacts.finish(directory / name, fingerprint, {"scores": content, "seconds": seconds})
+    announce(content, samples.directory, directory, name)
+    return content
 
-    codes_directory = artifacts.input_directory(config, workdir, "codes", "codes")
-    codebook_directory = artifacts.input_directory(config, workdir, "codebook", "codebook")
-    permutation = read_permutation(codebook_directory, tokenizer, tokenizer_directory)
+
+def transformer_of(section: Section, workdir: epath.Path, step: int) -> Artifact:
+    """The generator whose samples are scored.
+
+    Args:
+        section: config.inputs.
+    """
+    directory = artifacts.locate(section, workdir, "transformer")
+    return Artifact(directory, generator_at(directory, step))
+
+
+def page_of(
+    config: ConfigDict,
+    workdir: epath.Path,
+    inputs: dict[str, Artifact],
+    tokenizer: LoadedTokenizer,
+    images: ImageDataset,
+    reconstruct: Callable[[np.ndarray], np.ndarray],
+    content: dict[str, Any],
+    seconds: float,
+) -> str:
+    """The report: pictures, scores, curves, the codebook, times and the config."""
+    directory = workdir / "evaluation"
+    codes = {name: artifacts.locate(config.inputs, workdir, name) for name in ("codes", "val_codes")}
     stages = {
-        "train_tokenizer": tokenizer,
-        "rearrange_codebook": artifacts.require(codebook_directory, "rearrange_codebook"),
-        "extract_codes": artifacts.read_metadata(codes_directory / "train"),
-        "train": transformer,
-        "sample": samples,
+        "train_tokenizer": tokenizer.metadata,
+        "rearrange_codebook": inputs["codebook"].metadata,
+        "extract_codes": artifacts.read_metadata(codes["codes"]),
+        "train": inputs["transformer"].metadata,
+        "sample": inputs["samples"].metadata,
     }
-    usage = code_usage(codes_directory / "val", model.codebook_size)
-    codebook_figures = [
-        report.codebook_map(
-            np.asarray(normalize(tokenizer_params["quantizer"]["codebook"])),
-            permutation.cluster_of_old,
-            f"{len(permutation.old_to_new)} unit code vectors, one colour for each of "
-            f"{len(permutation.old_to_new) // permutation.cluster_size} clusters of {permutation.cluster_size}.",
-        )
-    ]
-    if usage is not None:
-        caption = f"{np.mean(usage > 0):.1%} of {len(usage)} codes are used on the validation images."
-        codebook_figures.insert(0, report.usage_histogram(usage, caption))
-    page = report.page(
+    usage = code_usage(codes["val_codes"], tokenizer.model.codebook_size)
+    samples_title = f"samples, cfg {config.sampling.cfg_scale:g}"
+    return report.page(
         f"IAR on {images.name}",
         f"{len(images.train)} training and {len(images.val)} validation images, {len(images.class_names)} classes, "
-        f"{config.data.resolution} x {config.data.resolution} pixels. {meaning(content)}",
-        cards(content, tokenizer.figures, usage),
+        f"{config.data.resolution} x {config.data.resolution} pixels. {SCORERS[content['features']].meaning(content)}",
+        cards(content, tokenizer.metadata.figures, usage),
         [
             report.Section(
                 "Pictures",
                 "One row a class. The reconstructions are the best that any sampler of this tokenizer can reach.",
-                figures=grids(images, reconstruct, samples_directory, f"samples, cfg {config.sampling.cfg_scale:g}"),
+                figures=grids(images, reconstruct, inputs["samples"].directory, samples_title),
             ),
             report.Section(
                 "Scores",
                 "Each set against the reference." + "".join(f" Deviates: {d}." for d in content.get("deviations", [])),
                 tables=[scores_table(content["scores"])],
             ),
-            report.Section("Transformer", figures=transformer_curves(transformer_directory) + watch_curves(directory)),
             report.Section(
-                "Tokenizer and codebook", figures=[*tokenizer_curves(tokenizer_directory), *codebook_figures]
+                "Transformer",
+                figures=transformer_curves(inputs["transformer"].directory) + watch_curves(directory),
+            ),
+            report.Section(
+                "Tokenizer and codebook",
+                figures=[
+                    *tokenizer_curves(inputs["tokenizer"].directory),
+                    *codebook_figures(tokenizer, read_permutation(inputs["codebook"]), usage),
+                ],
             ),
             report.Section("Wall time", tables=[time_table(stages, seconds)]),
             report.Section("Config", preformatted=config.to_json_best_effort(indent=2)),
         ],
     )
-    artifacts.write_bytes(directory / "report.html", page.encode())
-    fingerprint = hashlib.sha256(json.dumps(content["scores"]).encode()).hexdigest()
-    artifacts.finish(directory / name, fingerprint, {"scores": content, "seconds": seconds})
-    announce(content, samples_directory, directory, name)
-    return content
 
 
-def reference_file(config: ConfigDict) -> epath.Path:
+def codebook_figures(
+    tokenizer: LoadedTokenizer, permutation: Permutation, usage: np.ndarray | None
+) -> list[report.Figure]:
+    """How often codes are used on the val images, where that is known, and the codebook by cluster."""
+    codes = len(permutation.old_to_new)
+    found = [
+        report.codebook_map(
+            np.asarray(normalize(tokenizer.params["quantizer"]["codebook"])),
+            permutation.cluster_of_old,
+            f"{codes} unit code vectors, one colour for each of {codes // permutation.cluster_size} clusters of "
+            f"{permutation.cluster_size}.",
+        )
+    ]
+    if usage is not None:
+        caption = f"{np.mean(usage > 0):.1%} of {len(usage)} codes are used on the validation images."
+        found.insert(0, report.usage_histogram(usage, caption))
+    return found
+
+
+def classifier_scores(
+    config: ConfigDict, directory: epath.Path, images: ImageDataset, sets: dict[str, ImageSet], mesh: Mesh
+) -> dict[str, Any]:
+    """Scores of each set in the features of a classifier that is trained on the same data set."""
+    judge = classifier.trained(config, directory / "classifier", images, mesh)
+    return {
+        "features": "classifier",
+        "classifier_val_accuracy": judge.val_accuracy,
+        "reference": f"{images.name}, {len(images.train)} training images",
+        "scores": classifier.scores(judge, images, sets, config.evaluation),
+    }
+
+
+def reference_file(section: Section) -> epath.Path:
     """config.evaluation.reference as a path.
 
     Raises:
         UserError: it is not there.
     """
-    path = epath.Path(config.evaluation.reference).expanduser()
+    path = epath.Path(section["reference"]).expanduser()
     if not path.exists():
         raise UserError(f"config.evaluation.reference is {path}, which is not there")
     return path
 
 
 def inception_scores(
-    config: ConfigDict, directory: epath.Path, images: ImageDataset, sets: dict[str, ImageSet]
+    config: ConfigDict, directory: epath.Path, images: ImageDataset, sets: dict[str, ImageSet], mesh: Mesh
 ) -> dict[str, Any]:
     """Scores of each set by the protocol of the ADM suite, against config.evaluation.reference or the training
     images. Features of real images and reconstructions are kept for other samples, the samples' own are not."""
     network = files.inception_network(config.evaluation.inception_weights)
     kept, batch_size = directory / "features", config.evaluation.batch_size
-    if config.evaluation.reference:
-        path = reference_file(config)
-    else:
-        path = directory / f"reference-{images.fingerprint[:8]}-{network.sha256[:8]}.npz"
-        train = ImageSet(SourceRows(images.train), f"{images.name} train", f"{images.fingerprint} train", "real")
-        if not path.exists():
-            adm_suite.make_reference(path, train, "train", network, kept, batch_size)
-    reference = adm_suite.load_reference(path, network, kept, batch_size)
-    scores = {}
-    for title, images_of_set in sets.items():
-        found = adm_suite.features_of(images_of_set, network, kept, batch_size)
-        scores[title] = {"count": found.num_images, **adm_suite.score(found, reference)}
-    adm_suite.forget(sets[SAMPLED], network, kept)
-    about = files.scored(sets[SAMPLED], {}, reference, network)
-    return {
-        "features": "inception",
-        "scores": scores,
-        "label_protocol": about["labels"],
-        **{name: about[name] for name in ("reference", "weights", "deviations")},
-    }
+    with lock.hold(kept):
+        if config.evaluation.reference:
+            path = reference_file(config.evaluation)
+        else:
+            path = directory / f"reference-{images.fingerprint[:8]}-{network.sha256[:8]}.npz"
+            train = ImageSet(SourceStream(images.train), f"{images.name} train", f"{images.fingerprint} train", "real")
+            if not path.exists():
+                adm_suite.make_reference(path, train, "train", network, kept, batch_size)
+        reference = adm_suite.load_reference(path, network, kept, batch_size)
+        scores = {}
+        for title, images_of_set in sets.items():
+            found = adm_suite.features_of(images_of_set, network, kept, batch_size)
+            scores[title] = {"count": found.num_images, **adm_suite.score(found, reference)}
+        adm_suite.forget(sets[SAMPLED], network, kept)
+        about = files.scored(sets[SAMPLED], {}, reference, network)
+        return {
+            "features": "inception",
+            "scores": scores,
+            "label_protocol": about["labels"],
+            **{name: about[name] for name in ("reference", "weights", "deviations")},
+        }
 
 
-def meaning(content: dict[str, Any]) -> str:
-    """What the scores can be compared with."""
-    if content["features"] == "classifier":
-        return (
-            "Scores in the features of a classifier trained on the same data; they compare runs on this data set only."
-        )
+def classifier_cards(content: dict[str, Any], sampled: dict[str, Any], reconstructed: dict[str, Any]) -> Cards:
+    distance = sampled["frechet_distance"]
+    ratio = f"{distance / reconstructed['frechet_distance']:.1f} x the reconstructions'"
+    return [
+        (f"{sampled['class_accuracy']:.1%}", "samples recognised as the class asked for"),
+        (f"{distance:.2f}", f"Fréchet distance of samples, {ratio}"),
+        (f"{content['classifier_val_accuracy']:.1%}", "of real val images the classifier gets right"),
+    ]
+
+
+def inception_cards(content: dict[str, Any], sampled: dict[str, Any], reconstructed: dict[str, Any]) -> Cards:
+    ratio = f"{sampled['fid'] / reconstructed['fid']:.1f} x the reconstructions'"
+    return [
+        (f"{sampled['fid']:.2f}", f"FID of samples, {ratio}"),
+        (f"{sampled['inception_score']:.1f}", "Inception score of samples"),
+    ]
+
+
+def classifier_meaning(content: dict[str, Any]) -> str:
+    return "Scores in the features of a classifier trained on the same data; they compare runs on this data set only."
+
+
+def inception_meaning(content: dict[str, Any]) -> str:
     weights = content["weights"]
     return (
         f"Scores by the protocol of the ADM suite against {files.describe(content['reference'])}; Inception weights "
@@ -196,33 +264,63 @@ def meaning(content: dict[str, Any]) -> str:
     )
 
 
+def given_reference(section: Section) -> dict[str, str]:
+    """The fingerprint of config.evaluation.reference, where it is set."""
+    return {"reference": artifacts.sha256_of(reference_file(section))} if section["reference"] else {}
+
+
+class Scorer(NamedTuple):
+    """How samples are scored, and how that is told.
+
+    Attributes:
+        inputs: fingerprints of files that config.evaluation names.
+        score: the content of the scores' file.
+        meaning: what the scores can be compared with.
+        cards: the figures at the top of the report.
+        headline: what is said before the table on the terminal.
+    """
+
+    inputs: Callable[[Section], dict[str, str]]
+    score: Callable[..., dict[str, Any]]
+    meaning: Callable[[dict[str, Any]], str]
+    cards: Callable[[dict[str, Any], dict[str, Any], dict[str, Any]], Cards]
+    headline: Callable[[dict[str, Any]], str]
+
+
+# config.evaluation.features.
+SCORERS = {
+    "classifier": Scorer(
+        lambda section: {},
+        classifier_scores,
+        classifier_meaning,
+        classifier_cards,
+        lambda content: f"classifier: {content['classifier_val_accuracy']:.1%} of the real val images right",
+    ),
+    "inception": Scorer(
+        given_reference,
+        inception_scores,
+        inception_meaning,
+        inception_cards,
+        lambda content: f"against {files.describe(content['reference'])}",
+    ),
+}
+
+
 def grids(images: ImageDataset, reconstruct: Any, samples_directory: epath.Path, title: str) -> list[report.Figure]:
     """Samples, real images and their reconstructions, one row a class."""
-    places = pictures.places_in_class_grid(images.val.labels)
+    places = image_grids.places_in_class_grid(images.val.labels)
     real, labels = np.stack([images.val[int(i)]["image"] for i in places]), images.val.labels[places]
     return [
         report.Figure((samples_directory / "grid.png").read_bytes(), title, pixels=True),
-        report.picture(pictures.class_grid(real, labels), "real validation images"),
-        report.picture(pictures.class_grid(reconstruct(real), labels), "their reconstructions"),
+        report.picture(image_grids.class_grid(real, labels), "real validation images"),
+        report.picture(image_grids.class_grid(reconstruct(real), labels), "their reconstructions"),
     ]
 
 
-def cards(content: dict[str, Any], tokenizer: dict[str, Any], usage: np.ndarray | None) -> list[tuple[str, str]]:
+def cards(content: dict[str, Any], tokenizer: dict[str, Any], usage: np.ndarray | None) -> Cards:
     """The figures at the top of the report."""
     sampled, reconstructed = content["scores"][SAMPLED], content["scores"][RECONSTRUCTED]
-    name = "frechet_distance" if content["features"] == "classifier" else "fid"
-    ratio = f"{sampled[name] / reconstructed[name]:.1f} x the reconstructions'"
-    if content["features"] == "classifier":
-        found = [
-            (f"{sampled['class_accuracy']:.1%}", "samples recognised as the class asked for"),
-            (f"{sampled[name]:.2f}", f"Fréchet distance of samples, {ratio}"),
-            (f"{content['classifier_val_accuracy']:.1%}", "of real val images the classifier gets right"),
-        ]
-    else:
-        found = [
-            (f"{sampled[name]:.2f}", f"FID of samples, {ratio}"),
-            (f"{sampled['inception_score']:.1f}", "Inception score of samples"),
-        ]
+    found = SCORERS[content["features"]].cards(content, sampled, reconstructed)
     if usage is not None:
         found.append((f"{np.mean(usage > 0):.1%}", "of the codebook used on val"))
     if "psnr" in tokenizer:
@@ -290,10 +388,7 @@ def tokenizer_curves(directory: epath.Path) -> list[report.Figure]:
 
 def announce(content: dict[str, Any], samples_directory: epath.Path, directory: epath.Path, name: str) -> None:
     """The last lines on the terminal: scores and where everything is."""
-    if content["features"] == "classifier":
-        say(f"\nclassifier: {content['classifier_val_accuracy']:.1%} of the real val images right")
-    else:
-        say(f"\nagainst {files.describe(content['reference'])}")
+    say(f"\n{SCORERS[content['features']].headline(content)}")
     table = scores_table(content["scores"])
     lines = [("", *table.head[1:]), *table.rows]
     widths = [max(8, 2 + max(map(len, column))) for column in zip(*lines, strict=True)][1:]

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from etils import epath
 from ml_collections import ConfigDict
 
-from iar_jax.evaluation import report
+from iar_jax.config.checks import check_config
+from iar_jax.metrics import report
 from iar_jax.runtime import artifacts
-from iar_jax.runtime.config import check_config
 from iar_jax.runtime.errors import UserError
 from iar_jax.runtime.progress import say
 

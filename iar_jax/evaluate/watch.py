@@ -18,7 +18,7 @@ def run(config: ConfigDict, workdir: epath.Path, pause: float, score: Score) -> 
     finished and all are scored. Leaves watch.jsonl and TensorBoard events in workdir/evaluation."""
     from clu import metric_writers  # imports TensorFlow, which takes seconds
 
-    transformer_directory = artifacts.input_directory(config, workdir, "transformer", "train")
+    transformer_directory = artifacts.locate(config.inputs, workdir, "transformer")
     directory = workdir / "evaluation"
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "watch.jsonl"

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from iar_jax.generators.autoregressive.rope import rope_table
+from iar_jax.generators.autoregressive.transformer import Transformer
 from iar_jax.interop.torch_files import read_torch_file, write_torch_file
-from iar_jax.models.rope import rope_table
-from iar_jax.models.transformer import Transformer
 from iar_jax.models.vqgan import VQModel
 from iar_jax.runtime.errors import UserError
 

@@ -9,49 +9,56 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 from etils import epath
-from ml_collections import ConfigDict
 
 from iar_jax.runtime import distributed
-from iar_jax.runtime.default_config import default_config
+from iar_jax.runtime.checkpoint import steps_in
 from iar_jax.runtime.errors import UserError
 from iar_jax.runtime.progress import say
+from iar_jax.runtime.section import Section
 
-FORMAT_VERSION = 1
+# 1: one level of clusters, as numbers; the facts of a transformer named the side of its square.
+FORMAT_VERSION = 2
 
 VERSIONED_PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
-# Fields that change how a stage runs but not what it makes: they may change from one part of a run to the next.
-IMMATERIAL_FIELDS = {
-    *(
-        f"{section}.{field}"
-        for section in ("tokenizer_training", "training")
-        for field in (
-            "log_every",
-            "eval_every",
-            "checkpoint_every",
-            "keep_checkpoints",
-            "keep_every",
-            "keep_best",
-            "max_skipped_steps",
-        )
-    ),
-    "training.accumulation",
-    "training.loss_chunks",
-    "model.attention_block",
-    "model.scan_unroll",
-    "model.remat",
-    "data.tfds_dir",
-    "codes.batch_size",
-    "sampling.batch_size",
-    "sampling.write_pngs",
-    "evaluation.batch_size",
+
+class Place(NamedTuple):
+    """Where an input of later stages lies: made by `stage`, in config.inputs.<field> or else workdir/<field's default>,
+    and there in `inside`."""
+
+    stage: str
+    field: str
+    default: str
+    inside: str = ""
+
+
+INPUTS = {
+    "tokenizer": Place("train_tokenizer", "tokenizer", "tokenizer"),
+    "codebook": Place("rearrange_codebook", "codebook", "codebook"),
+    "codes": Place("extract_codes", "codes", "codes", "train"),
+    "val_codes": Place("extract_codes", "codes", "codes", "val"),
+    "transformer": Place("train", "transformer", "train"),
 }
+
+
+class Config(Protocol):
+    """The part of a config that an artifact is made by; `iar_jax.config.relevance` has it."""
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """By section; what metadata.json keeps."""
+
+    def restricted(self, known: dict[str, Any]) -> "Config":
+        """The fields that `known` has too."""
+
+    def differences(self, stored: dict[str, Any], steps_done: int | None) -> tuple[list[Any], list[Any]]:
+        """What differs from stored sections: what makes another artifact, and what does not. Each has a `field`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,12 +85,6 @@ class Metadata:
     format_version: int = FORMAT_VERSION
 
 
-def relevant_config(config: ConfigDict, sections: tuple[str, ...]) -> dict[str, Any]:
-    """The named sections (or single fields) as plain data."""
-    chosen = {name: config[name] for name in sections}
-    return {name: value.to_dict() if isinstance(value, ConfigDict) else value for name, value in chosen.items()}
-
-
 def read_metadata(directory: epath.Path) -> Metadata | None:
     """The metadata of an artifact, finished or not; None where there is none.
 
@@ -96,14 +97,36 @@ def read_metadata(directory: epath.Path) -> Metadata | None:
     try:
         content = json.loads(path.read_text())
         version = content["format_version"]
-        if version != FORMAT_VERSION:
-            raise UserError(f"{path} has format version {version}; this program reads {FORMAT_VERSION}: update iar_jax")
-        return Metadata(**content)
+        if version not in range(1, FORMAT_VERSION + 1):
+            raise UserError(
+                f"{path} has format version {version}; this program reads 1 to {FORMAT_VERSION}: update iar_jax"
+            )
+        return Metadata(**(from_version_1(content) if version == 1 else content))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} is damaged ({error!r}); delete {directory} and run its stage again") from error
 
 
-def finished(directory: epath.Path, config: dict[str, Any], inputs: dict[str, str]) -> Metadata | None:
+def from_version_1(content: dict[str, Any]) -> dict[str, Any]:
+    """The content of a metadata.json of the first format, in the present one."""
+    config, figures = content["config"], content["figures"]
+    renamed = {
+        ("codebook", "cluster_size"): "cluster_sizes",
+        ("training", "cluster_weight"): "cluster_weights",
+        ("training", "cluster_weight_end"): "cluster_weights_end",
+    }
+    for (section, old), new in renamed.items():
+        if old in config.get(section, {}):
+            config[section][new] = [config[section].pop(old)]
+    if config.get("training", {}).get("cluster_weights_end") == [0.0]:
+        config["training"]["cluster_weights_end"] = []
+    if "grid_size" in figures.get("facts", {}):
+        facts = figures["facts"]
+        facts["layout"] = [facts.pop("grid_size")]
+        config["model"]["num_kv_heads"] = facts.pop("num_kv_heads") or 0
+    return content | {"format_version": FORMAT_VERSION}
+
+
+def finished(directory: epath.Path, config: Config, inputs: dict[str, str]) -> Metadata | None:
     """Metadata of an artifact that is there and whole; None where there is none, or it is to be trained for longer.
 
     Args:
@@ -117,7 +140,7 @@ def finished(directory: epath.Path, config: dict[str, Any], inputs: dict[str, st
         return None
     if found.figures.get("imported"):
         # How and on what it was trained is not known, and does not matter.
-        config = _restricted(config, found.config)
+        config = config.restricted(found.config)
         inputs = {name: fingerprint for name, fingerprint in inputs.items() if name in found.inputs}
     immaterial = check_config(directory, found, config)
     for name, fingerprint in inputs.items():
@@ -130,7 +153,7 @@ def finished(directory: epath.Path, config: dict[str, Any], inputs: dict[str, st
     return found if found.finished and not longer else None
 
 
-def begin(directory: epath.Path, stage: str, config: dict[str, Any], inputs: dict[str, str]) -> Metadata | None:
+def begin(directory: epath.Path, stage: str, config: Config, inputs: dict[str, str]) -> Metadata | None:
     """Starts or resumes an artifact; returns its metadata if it is finished already.
 
     Raises:
@@ -141,11 +164,11 @@ def begin(directory: epath.Path, stage: str, config: dict[str, Any], inputs: dic
     distributed.wait_for_all(f"begin {stage}")
     if found is None:
         directory.mkdir(parents=True, exist_ok=True)
-        _write(directory, Metadata(stage, False, "", inputs, config, {}, _versions()))
+        _write(directory, Metadata(stage, False, "", inputs, config.content, {}, _versions()))
     elif done is None:
         for difference in check_config(directory, found, config):
             say(f"{stage}: noted, {difference}")
-        _write(directory, dataclasses.replace(found, finished=False, config=config))
+        _write(directory, dataclasses.replace(found, finished=False, config=config.content))
     return done
 
 
@@ -182,91 +205,80 @@ def require(directory: epath.Path, stage: str) -> Metadata:
     return found
 
 
-def input_directory(config: ConfigDict, workdir: epath.Path, name: str, default: str) -> epath.Path:
-    """Where an input artifact lies: config.inputs.<name>, or its place in the workdir."""
-    return epath.Path(config.inputs[name]).expanduser() if config.inputs[name] else workdir / default
+class Artifact(NamedTuple):
+    """A finished artifact: where it lies, and its metadata."""
+
+    directory: epath.Path
+    metadata: Metadata
+
+    @property
+    def fingerprint(self) -> str:
+        return self.metadata.fingerprint
 
 
-def samples_name(config: ConfigDict, step: int) -> str:
-    """STEP-SETTINGS, the name of the samples of config.sampling from the checkpoint of a step, and of their scores;
-    "checkpoint-" before it where config.sampling.step asks for one."""
-    s = config.sampling
-    settings = f"cfg{s.cfg_scale:g}-t{s.temperature:g}-k{s.top_k}-p{s.top_p:g}-{s.labels}-n{s.num_images}-seed{s.seed}"
-    schedules = {
-        "constant": "",
-        "interval": f"-interval{s.cfg_first}to{s.cfg_last}",
-        "linear": f"-linear{s.cfg_start:g}",
-        "power_cosine": f"-powercosine{s.cfg_power:g}",
-        "iar2": f"-iar2from{s.cfg_start:g}a{s.cfg_attention_weight:g}",
-    }
-    settings += schedules[s.cfg_schedule]
-    settings += f"-{s.dtype}" if s.dtype != "model" else ""
-    settings += f"-{s.image_size}px" if s.image_size else ""
-    return f"{'checkpoint-' if s.step else ''}{step:07d}-{settings}"
+def locate(section: Section, workdir: epath.Path, name: str) -> epath.Path:
+    """Where an input lies: config.inputs.<name>, or its place in the workdir.
+
+    Args:
+        section: config.inputs.
+        name: a key of INPUTS.
+    """
+    place = INPUTS[name]
+    given = section[place.field]
+    directory = epath.Path(given).expanduser() if given else workdir / place.default
+    return directory / place.inside if place.inside else directory
 
 
-class Difference(NamedTuple):
-    """A field of the config that is not what it was."""
+def open_inputs(section: Section, workdir: epath.Path, *names: str) -> dict[str, Artifact]:
+    """Finished inputs that belong together, by name.
 
-    field: str
-    old: Any
-    new: Any
-
-    def __str__(self) -> str:
-        return f"{self.field} was {self.old!r}, now {self.new!r}"
-
-
-def check_config(directory: epath.Path, found: Metadata, config: dict[str, Any]) -> list[Difference]:
-    """The differences between an artifact's config and this one that do not matter.
-
-    The number of steps does not where all schedules are constant, so that no step before would have been another; a
-    finished run can only get longer.
+    Args:
+        section: config.inputs.
+        names: keys of INPUTS.
 
     Raises:
-        UserError: some do matter; lists them.
+        UserError: one is not there or not finished, or was made from another one of the others.
     """
-    as_stored = json.loads(json.dumps(config))
+    found = {}
+    for name in names:
+        directory = locate(section, workdir, name)
+        found[name] = Artifact(directory, require(directory, INPUTS[name].stage))
+    for artifact in found.values():
+        check_made_from(artifact, found)
+    return found
 
-    def matters(difference: Difference) -> bool:
-        section, _, name = difference.field.removeprefix("config.").rpartition(".")
-        if name == "num_steps":
-            schedules = [value for field, value in found.config[section].items() if field.endswith("schedule")]
-            return any(value != "constant" for value in schedules) or (
-                found.finished and difference.new < difference.old
+
+def check_made_from(artifact: Artifact, inputs: Mapping[str, Artifact]) -> None:
+    """Raises UserError where an artifact was made from another one of some inputs."""
+    for name, fingerprint in artifact.metadata.inputs.items():
+        other = inputs.get(name)
+        if other is not None and other is not artifact and other.fingerprint != fingerprint:
+            raise UserError(
+                f"{artifact.directory} was made from another {name} ({fingerprint[:12]}) than {other.directory} "
+                f"({other.fingerprint[:12]}); run python -m iar_jax.{artifact.metadata.stage} for this one"
             )
-        return f"{section}.{name}" not in IMMATERIAL_FIELDS
 
-    # A field that came with a later version was at its default before.
-    defaults = {d.field: d.new for d in _differences({}, json.loads(default_config().to_json()), "config")}
-    differences = [
-        difference
-        for difference in _differences(found.config, as_stored, "config")
-        if difference.old is not None or defaults.get(difference.field) != difference.new
-    ]
-    material = [str(difference) for difference in differences if matters(difference)]
+
+def fingerprints(inputs: Mapping[str, Artifact]) -> dict[str, str]:
+    """Of inputs, by name, as metadata keeps them."""
+    return {name: artifact.fingerprint for name, artifact in inputs.items()}
+
+
+def check_config(directory: epath.Path, found: Metadata, config: Config) -> list[Any]:
+    """The differences between an artifact's config and this one that make no other artifact.
+
+    Raises:
+        UserError: some do; lists them.
+    """
+    steps_done = None if found.finished else max(steps_in(directory / "checkpoints"), default=0)
+    material, rest = config.differences(found.config, steps_done)
     if material:
         raise UserError(
             f"{directory} was made with another config:\n  "
-            + "\n  ".join(material)
+            + "\n  ".join(map(str, material))
             + f"\nUse another --workdir, set the old values, or delete {directory} and what was made from it."
         )
-    return differences
-
-
-def _restricted(config: Any, known: Any) -> Any:
-    """The parts of a config that `known` has too."""
-    if isinstance(config, dict) and isinstance(known, dict):
-        return {key: _restricted(config[key], value) for key, value in known.items() if key in config}
-    return config
-
-
-def _differences(old: Any, new: Any, field: str) -> Iterator[Difference]:
-    if isinstance(new, dict) and isinstance(old, dict | None):
-        old = old or {}
-        for key in sorted(old.keys() | new.keys()):
-            yield from _differences(old.get(key), new.get(key), f"{field}.{key}")
-    elif old != new:
-        yield Difference(field, old, new)
+    return rest
 
 
 def _write(directory: epath.Path, metadata: Metadata) -> None:

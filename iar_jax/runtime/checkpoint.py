@@ -215,6 +215,29 @@ def restore_params(directory: epath.Path, abstract_params: Any, step: int | None
         ) from error
 
 
+def restore_state(directory: epath.Path, abstract_state: Any, step: int) -> tuple[Any, dict[str, int | float]]:
+    """State and info of the checkpoint of a step.
+
+    Raises:
+        UserError: it is damaged, has weights alone, or does not fit the model and its optimizer.
+    """
+    place = directory / str(step)
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            rest = checkpointer.restore(
+                (place / "state").resolve(), dataclasses.replace(abstract_state, ema_params=None)
+            )
+            params = checkpointer.restore((place / "ema_params").resolve(), abstract_state.ema_params)
+        info = read_info(directory, step)
+        compare("its state", info.get("state_checksum"), rest)
+        compare("its averaged weights", info.get("ema_checksum"), params)
+    except Exception as error:  # Orbax and TensorStore raise many kinds
+        raise UserError(
+            f"{directory}: the state of step {step} cannot be read into this model ({brief(error)})"
+        ) from error
+    return dataclasses.replace(rest, ema_params=params), info
+
+
 @jax.jit
 def checksum(tree: Any) -> UInt32[Array, ""]:
     """A number that another bit anywhere in the arrays, or two entries swapped, would change.

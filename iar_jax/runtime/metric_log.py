@@ -9,7 +9,7 @@ import jax
 from etils import epath
 
 from iar_jax.runtime import distributed
-from iar_jax.runtime.compiled_cost import peak_flops
+from iar_jax.runtime.chips import peak_flops
 
 METRICS_FILE = "metrics.jsonl"
 SPEED_FILE = "speed.jsonl"

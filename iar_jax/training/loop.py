@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from iar_jax.runtime import distributed, lock
 from iar_jax.runtime.artifacts import write_bytes
-from iar_jax.runtime.checkpoint import Checkpoints, Retention
+from iar_jax.runtime.checkpoint import Checkpoints, Retention, restore_state
 from iar_jax.runtime.errors import UserError
 from iar_jax.runtime.interruption import Interrupted, catch_stop_signals
 from iar_jax.runtime.metric_log import MetricLog
@@ -87,9 +87,14 @@ class TrainingRun:
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)
 
-    def resume(self, state: Any, abstract_state: Any) -> Any:
-        """The state of the latest checkpoint, or the given fresh one; opens the log at its step."""
-        found = self.checkpoints.restore_latest(abstract_state)
+    def resume(self, state: Any, abstract_state: Any, branched_from: tuple[epath.Path, int] | None = None) -> Any:
+        """The state of the latest checkpoint; else that of another run's checkpoint, where a directory and a step are
+        given; else the given fresh one. Opens the log at its step."""
+        found, where = self.checkpoints.restore_latest(abstract_state), "the checkpoint"
+        if found is None and branched_from is not None:
+            directory, step = branched_from
+            found = restore_state(directory / "checkpoints", abstract_state, step)
+            where = f"{directory}, its checkpoint"
         if found is not None:
             state, info = found
             self.step, self.seconds_before = int(info["data_position"]), float(info["seconds"])
@@ -98,7 +103,7 @@ class TrainingRun:
                 raise UserError(
                     f"{self.directory} is at step {self.step}; num_steps is {self.num_steps}, and must not be less"
                 )
-            say(f"{self.name}: going on from the checkpoint of step {self.step}")
+            say(f"{self.name}: going on from {where} of step {self.step}")
         self.log = self._stack.enter_context(MetricLog(self.directory, self.step))
         return state
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from iar_jax.config.checks import check_config
+from iar_jax.config.fields import default_config
 from iar_jax.data.images import image_folder, mnist5k
-from iar_jax.runtime.config import check_config
-from iar_jax.runtime.default_config import default_config
 from iar_jax.runtime.errors import UserError
 
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from iar_jax.data import pictures, preprocessing
+from iar_jax.data import image_grids, preprocessing
 from iar_jax.data.images import read_image
 from iar_jax.data.tfds_images import TfdsSource
 
@@ -136,7 +136,7 @@ def test_pixel_values_go_to_minus_one_to_one_and_back():
 
 def test_a_class_grid_has_one_row_a_class():
     images = np.stack([np.full((64, 64, 3), i, np.uint8) for i in range(5)])
-    grid = pictures.class_grid(images, np.array([1, 0, 1, 0, 2]))
+    grid = image_grids.class_grid(images, np.array([1, 0, 1, 0, 2]))
     assert grid.shape == (3 * 66 + 2, 10 * 66 + 2, 3)
     assert grid[2, 2, 0] == 1
     assert grid[2, 68, 0] == 3

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from iar_jax.config.fields import default_config
 from iar_jax.data.images import open_images
 from iar_jax.data.tfds_images import TfdsSource
-from iar_jax.runtime.default_config import default_config
 from iar_jax.runtime.errors import UserError
 
 

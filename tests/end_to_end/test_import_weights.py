@@ -11,11 +11,11 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from iar_jax.data.preprocessing import to_uint8
+from iar_jax.generators.autoregressive.decoding import generate
+from iar_jax.generators.autoregressive.transformer import Transformer
 from iar_jax.interop import llamagen
 from iar_jax.interop.torch_files import read_torch_file
-from iar_jax.models.transformer import Transformer
 from iar_jax.runtime import sharding
-from iar_jax.sampling.decoding import generate
 from tests.stages import call
 
 CONFIG = "configs/imagenet.py:B,256"

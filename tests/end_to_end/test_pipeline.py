@@ -114,7 +114,7 @@ def test_rearranging_does_not_touch_the_reconstructions(finished):
     from iar_jax.codebook.permutation import load_permutation
     from iar_jax.data.images import mnist5k
     from iar_jax.data.preprocessing import to_unit_range
-    from iar_jax.models.build import load_tokenizer
+    from iar_jax.models.tokenizer import load_tokenizer
     from iar_jax.runtime import sharding
 
     mesh = sharding.make_mesh(-1, 1, 1)

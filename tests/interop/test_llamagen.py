@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from iar_jax.generators.autoregressive.decoding import generate
+from iar_jax.generators.autoregressive.rope import rope_table
 from iar_jax.interop import llamagen
 from iar_jax.interop.torch_files import read_torch_file
-from iar_jax.models.rope import rope_table
 from iar_jax.runtime.errors import UserError
-from iar_jax.sampling.decoding import generate
 
 
 @pytest.fixture(scope="module")

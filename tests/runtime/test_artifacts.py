@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from etils import epath
 
+from iar_jax.config.fields import default_config
 from iar_jax.runtime import artifacts
-from iar_jax.runtime.default_config import default_config
 from iar_jax.runtime.errors import UserError
 
 CONFIG = {"training": {"num_steps": 3, "rates": [1, 2], "schedule": "cosine", "log_every": 1}}

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from iar_jax.models.transformer import Transformer
+from iar_jax.generators.autoregressive.transformer import Transformer
 from iar_jax.runtime import sharding
 from iar_jax.runtime.errors import UserError
+from iar_jax.training.generator_steps import init_train_state
 from iar_jax.training.optimizer import make_optimizer
-from iar_jax.training.transformer_steps import init_train_state
 
 
 def test_the_rest_of_the_devices_is_worked_out():

@@ -1,0 +1,166 @@
+"""The command line that all stages share: --config, --workdir and overrides of single fields."""
+
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import jax
+from absl import app, flags, logging
+from etils import epath
+from ml_collections import ConfigDict, config_flags
+
+from iar_jax.config.checks import check_config, field_names, unknown_field
+from iar_jax.config.describe import help_text
+from iar_jax.config.fields import default_config
+from iar_jax.runtime import distributed
+from iar_jax.runtime.errors import UserError, file_system_reason
+from iar_jax.runtime.interruption import Interrupted, leave_at_once
+
+EXIT_USER_ERROR = 2
+
+
+def main(
+    run: Callable[[Any, Any], None], reads: Sequence[str], needs_config: Callable[[], bool] = lambda: True
+) -> NoReturn:
+    """Parses and checks the command line, then calls run(config, workdir), or run(None, None) where `needs_config`,
+    asked once options are parsed, says no. `reads` are the sections of the config that --help lists.
+
+    A UserError, from here or from the stage, is printed in one piece and ends the program with exit code 2; a stop
+    by signal with 128 plus the signal's number, as shells report it.
+    """
+    config_flags.DEFINE_config_file(
+        "config", None, "Path of the config, with its argument after a colon.", lock_config=True
+    )
+    flags.DEFINE_string("workdir", None, "Directory of the experiment; made if it is not there.")
+
+    def guarded(_):
+        try:
+            distributed.initialise()
+            if not distributed.joined():
+                signal.signal(signal.SIGTERM, leave_at_once)
+            logging.set_verbosity(logging.WARNING)
+            logging.get_absl_handler().addFilter(not_explained)
+            if not needs_config():
+                run(None, None)
+                return
+            config = flags.FLAGS.config
+            check_config(config)
+            workdir = epath.Path(flags.FLAGS.workdir).expanduser()
+            save_config(config, workdir)
+            run(config, workdir)
+        except UserError as error:
+            _fail(str(error), EXIT_USER_ERROR)
+        except Interrupted as stop:
+            distributed.wait_for_all("stopped")
+            _fail(str(stop) if distributed.is_first() else "", 128 + stop.signal_number)
+        except KeyboardInterrupt:
+            _fail("stopped; run the same command to go on", 128 + signal.SIGINT)
+        except Exception as error:
+            reason = file_system_reason(error)
+            if reason is not None:
+                where = getattr(error, "filename", None) or flags.FLAGS.workdir or "a file"
+                _fail(
+                    f"{where}: {reason}. What was finished before is whole; once that is put right, the same command "
+                    "goes on",
+                    EXIT_USER_ERROR,
+                )
+            if jax.process_count() > 1:
+                # Others may wait for this process in a collective: they are to hear of its end at once.
+                traceback.print_exc()
+                distributed.leave(1)
+            raise
+
+    app.run(guarded, flags_parser=lambda argv: _parse(argv, reads, needs_config))
+
+
+def not_explained(record: Any) -> bool:
+    """Keeps out of the log what the user is told in a sentence: stack traces of a full disk, from each of Orbax's
+    threads."""
+    error = record.exc_info[1] if record.exc_info else None
+    return error is None or file_system_reason(error) is None
+
+
+def _parse(argv: list[str], reads: Sequence[str], needs_config: Callable[[], bool]) -> list[str]:
+    if any(argument in ("--help", "-h", "-help") for argument in argv[1:]):
+        print(help_text(sys.modules["__main__"].__doc__ or "", own_options(), reads))
+        sys.exit(0)
+    for argument in argv[1:]:
+        option, _, value = argument.lstrip("-").partition("=")
+        path = value.partition(":")[0]
+        if option == "config" and not os.path.isfile(path):
+            _fail(f"--config={value}: there is no file {path!r}", EXIT_USER_ERROR)
+    try:
+        rest = flags.FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, UserError) as error:
+        _fail(_explain(argv, error), EXIT_USER_ERROR)
+    if needs_config() and (flags.FLAGS.config is None or not flags.FLAGS.workdir):
+        _fail(
+            "give --config=configs/FILE.py and --workdir=DIR; single fields are set by --config.section.field=value",
+            EXIT_USER_ERROR,
+        )
+    if len(rest) > 1:
+        _fail(f"{rest[1]!r} is no option; fields are set by --config.section.field=value", EXIT_USER_ERROR)
+    return rest
+
+
+def _explain(argv: list[str], error: Exception) -> str:
+    """What is wrong with an override, in our words; for anything else the error's own."""
+    known = default_config()
+    names = field_names(known)
+    for argument in argv[1:]:
+        option, _, text = argument.lstrip("-").partition("=")
+        if not option.startswith("config."):
+            continue
+        if option not in names:
+            return unknown_field(option, names)
+        value = known
+        for part in option.split(".")[1:]:
+            value = value[part]
+        if isinstance(value, ConfigDict):
+            return f"{option} is a section; set one of its fields: {', '.join(value)}"
+        try:
+            {int: int, float: float}.get(type(value), str)(text)
+        except ValueError:
+            kind = {int: "an integer", float: "a number"}[type(value)]
+            return f"{option} is {text!r}; allowed is {kind}, such as {value}"
+        if isinstance(value, bool) and text.lower() not in ("true", "false", "1", "0", ""):
+            return f"{option} is {text!r}; allowed are true and false"
+        if isinstance(value, tuple) and not text.strip().startswith("("):
+            return f"{option} is {text!r}; allowed is a tuple, such as '{value}'"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def own_options() -> list[tuple[str, str]]:
+    """The options of the program that runs, besides --config and --workdir: (option with its default, meaning)."""
+    found = []
+    for flag in flags.FLAGS.get_key_flags_for_module("__main__"):
+        shown = f"--{flag.name}" if flag.boolean else f"--{flag.name}={'' if flag.default is None else flag.default}"
+        found.append((shown, " ".join(flag.help.split())))
+    return found
+
+
+def save_config(config: ConfigDict, workdir: epath.Path) -> None:
+    """Writes the resolved config to workdir/config.json, whole or not at all."""
+    if not distributed.is_first():
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        partial = workdir / "config.json.partial"
+        partial.write_text(config.to_json_best_effort(indent=2) + "\n")
+        partial.replace(workdir / "config.json")
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be written: {error.strerror or error}") from error
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    if message:
+        print(f"\n{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
+    # Threads of a save that failed wait for each other for ten minutes.
+    waiting = any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread())
+    if distributed.joined() or waiting:
+        distributed.leave(code)
+    sys.exit(code)

@@ -1,0 +1,95 @@
+"""What a source of labelled images is."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+
+@runtime_checkable
+class ImageSource(Protocol):
+    """Random access to one split.
+
+    `source[i]` is {"image": uint8 [R, R, 3], "label", "image_id"}; `source.example(i)` the whole upright RGB image
+    that it was cut from, with its label; `source.labels` and `source.image_ids` are int [N].
+    """
+
+    @property
+    def labels(self) -> np.ndarray: ...
+
+    @property
+    def image_ids(self) -> np.ndarray: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict: ...
+
+    def example(self, index: int) -> tuple[Image.Image, int]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Subset:
+    """Some images of a source."""
+
+    source: ImageSource
+    indices: np.ndarray
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self.source.labels[self.indices]
+
+    @property
+    def image_ids(self) -> np.ndarray:
+        return self.source.image_ids[self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.source[int(self.indices[index])]
+
+    def example(self, index: int) -> tuple[Image.Image, int]:
+        return self.source.example(int(self.indices[index]))
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraySource:
+    """Images held in memory; ids are their places."""
+
+    images: UInt8[np.ndarray, "N R R 3"]
+    labels: np.ndarray
+
+    @property
+    def image_ids(self) -> np.ndarray:
+        return np.arange(len(self.labels))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict:
+        return {"image": self.images[index], "label": np.int32(self.labels[index]), "image_id": np.int64(index)}
+
+    def example(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.images[index]), int(self.labels[index])
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """What an opener of sources finds.
+
+    Attributes:
+        train: images to train on; also those to validate with, where `val` is None.
+        val: images of a split that the source has for that.
+        class_names: names in the order of the labels.
+        fingerprint: of the images, their labels, and of the bytes that say which images are held out.
+        unreadable: files that were left out.
+    """
+
+    train: ImageSource
+    val: ImageSource | None
+    class_names: tuple[str, ...]
+    fingerprint: Callable[[bytes], str]
+    unreadable: tuple[str, ...] = ()

@@ -1,0 +1,1 @@
+"""LlamaGen's class-conditional transformer, which predicts codes one by one."""

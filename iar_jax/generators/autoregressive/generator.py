@@ -1,0 +1,153 @@
+"""LlamaGen's transformer as a generator: what stages ask of it, by the contract of `generators/generator.py`."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from iar_jax.generators.autoregressive.decoding import generate
+from iar_jax.generators.autoregressive.transformer import Transformer, swiglu_hidden_dim
+from iar_jax.generators.code_layout import CodeLayout
+from iar_jax.generators.settings import NO_OBJECTIVE, Facts, Objective, SamplingSettings
+from iar_jax.losses.cluster_loss import cluster_loss
+from iar_jax.runtime.section import Section
+
+# Fields of config.model that are the network's as they are.
+FIELDS = (
+    "dim",
+    "num_layers",
+    "num_heads",
+    "init_std",
+    "token_dropout_rate",
+    "residual_dropout_rate",
+    "ffn_dropout_rate",
+    "drop_path_rate",
+    "class_dropout_rate",
+    "remat",
+    "attention",
+    "attention_block",
+    "scan_unroll",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Autoregressive:
+    """Predicts codes one by one, row by row. The methods are those of `Generator`.
+
+    Attributes:
+        network: the transformer.
+        objective: what `loss` and `score` measure; sampling needs none.
+    """
+
+    network: Transformer
+    objective: Objective = NO_OBJECTIVE
+
+    @property
+    def layout(self) -> CodeLayout:
+        return CodeLayout.square(self.network.grid_size)
+
+    @property
+    def facts(self) -> Facts:
+        return Facts(self.network.vocab_size, self.network.num_classes, self.layout)
+
+    @property
+    def splits(self) -> dict[str, tuple[int, str]]:
+        network = self.network
+        return {
+            "width of the model": (network.dim, "fsdp"),
+            "heads of keys and values": (network.num_kv_heads or network.num_heads, "tensor"),
+            "hidden units": (network.hidden_dim, "tensor"),
+            # The coarsest are the fewest.
+            "clusters of codes": (network.vocab_size // self.objective.cluster_sizes[-1], "tensor"),
+        }
+
+    def flops(self, batch_size: int) -> float:
+        """Of the products with weights, and attention's causal half."""
+        network, length = self.network, self.layout.length
+        share_of_heads = (network.num_kv_heads or network.num_heads) / network.num_heads
+        attention_weights = (2.0 + 2.0 * share_of_heads) * network.dim**2
+        weights = network.num_layers * (attention_weights + 3 * network.dim * network.hidden_dim)
+        weights += network.dim * network.vocab_size
+        attention = 2 * network.num_layers * length**2 * network.dim
+        return 3.0 * batch_size * (2 * weights * length + attention)
+
+    def init(self, key: Key[Array, ""]) -> Any:
+        labels, codes = jnp.zeros((1,), jnp.int32), jnp.zeros((1, self.layout.length), jnp.int32)
+        return self.network.init(key, labels, codes)["params"]
+
+    def loss(
+        self,
+        params: Any,
+        batch: Mapping[str, Any],
+        key: Key[Array, ""],
+        weights: Float[Array, " levels"],
+        teacher: Any = None,
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        loss, losses = self._losses(params, batch, weights, {"dropout": key})
+        return loss, {name: jnp.mean(values) for name, values in losses.items()}
+
+    def score(self, params: Any, batch: Mapping[str, Any]) -> dict[str, Float[Array, " B"]]:
+        _, losses = self._losses(params, batch, jnp.zeros(len(self.objective.cluster_sizes)), {})
+        return {name: jnp.mean(values, axis=-1) for name, values in losses.items()}
+
+    def _losses(self, params, batch, weights, rngs):
+        sizes = self.objective.cluster_sizes
+        hidden = self.network.apply({"params": params}, batch["label"], batch["codes"], method="hidden", rngs=rngs)
+        loss, losses = cluster_loss(
+            hidden,
+            params["head"],
+            batch["codes"],
+            [(size, weights[i]) for i, size in enumerate(sizes)],
+            num_chunks=self.objective.loss_chunks,
+        )
+        return loss, losses.named(sizes)
+
+    def sample(
+        self, params: Any, labels: Int[Array, " B"], keys: Key[Array, " B"], settings: SamplingSettings
+    ) -> Int[Array, "B L"]:
+        return generate(
+            self.network if settings.dtype is None else self.network.clone(dtype=jnp.dtype(settings.dtype)),
+            params,
+            labels,
+            keys,
+            cfg_scale=settings.cfg_scale,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            schedule=settings.schedule,
+        )
+
+    def decays(self, params: Any) -> Any:
+        """Matrices and larger, as LlamaGen's groups have it; the layers' leading axis does not count."""
+
+        def decays(path, leaf):
+            stacked = any(getattr(entry, "key", None) == "layers" for entry in path)
+            return leaf.ndim - stacked >= 2
+
+        return jax.tree_util.tree_map_with_path(decays, params)
+
+    def with_vocabulary(self, params: Any, order: Int[np.ndarray, " N"]) -> Any:
+        return params | {"token_table": params["token_table"][order], "head": params["head"][:, order]}
+
+
+def build_autoregressive(section: Section, facts: Facts, objective: Objective) -> Autoregressive:
+    """The generator of config.model.
+
+    Raises:
+        ValueError: the layout is not one square.
+    """
+    (side,) = facts.layout.sides
+    network = Transformer(
+        vocab_size=facts.vocab_size,
+        num_classes=facts.num_classes,
+        grid_size=side,
+        hidden_dim=section["hidden_dim"] or swiglu_hidden_dim(section["dim"]),
+        num_kv_heads=section["num_kv_heads"] or None,
+        dtype=jnp.dtype(section["dtype"]),
+        **{name: section[name] for name in FIELDS},
+    )
+    return Autoregressive(network, objective)

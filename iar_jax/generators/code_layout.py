@@ -1,0 +1,54 @@
+"""How the L positions of a picture's codes lie in it."""
+
+import dataclasses
+import math
+
+from jaxtyping import Array, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class CodeLayout:
+    """Squares of codes, one after the other, each row by row.
+
+    Attributes:
+        sides: of the squares. (16,) is one square of 256 codes; a next-scale model has several, (1, 2, 3, ..., 16).
+
+    Raises:
+        ValueError: no square, or one of a side below 1.
+    """
+
+    sides: tuple[int, ...]
+
+    def __post_init__(self):
+        if not self.sides or min(self.sides) < 1:
+            raise ValueError(f"a layout of squares with the sides {self.sides} has no positions")
+
+    @classmethod
+    def square(cls, side: int) -> "CodeLayout":
+        """One square."""
+        return cls((side,))
+
+    @classmethod
+    def of_length(cls, length: int) -> "CodeLayout":
+        """The one square that has so many positions.
+
+        Raises:
+            ValueError: there is none.
+        """
+        side = math.isqrt(length)
+        if side**2 != length:
+            raise ValueError(f"{length} codes are not a square")
+        return cls.square(side)
+
+    @property
+    def length(self) -> int:
+        """L, the number of positions."""
+        return sum(side**2 for side in self.sides)
+
+    def squares(self, codes: Int[Array, "B L"]) -> list[Int[Array, "B side side"]]:
+        """The codes of each square."""
+        found, start = [], 0
+        for side in self.sides:
+            found.append(codes[:, start : start + side**2].reshape(-1, side, side))
+            start += side**2
+        return found

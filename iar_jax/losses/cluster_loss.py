@@ -1,0 +1,314 @@
+"""The cluster-oriented cross-entropy of IAR (paper section on "cluster-oriented token prediction"), over nested levels.
+
+Logits are over the rearranged codebook, where every cluster of every level owns contiguous ids: cluster c of a level
+with clusters of S codes owns [c*S, (c+1)*S). With lse = logsumexp over all logits Y and lse_c = logsumexp over those of
+the target's cluster,
+
+    token_loss = lse − Y[y]        cluster_loss = lse − lse_c        loss = token_loss + Σ_levels λ · cluster_loss
+
+cluster_loss is −log of the probability of the target's whole cluster, and 0 ≤ cluster_loss ≤ token_loss; a coarser
+level's is never above a finer one's. One level is the paper's loss.
+
+`cluster_loss` is what trains: the head and the losses at once, without ever holding the logits of a whole batch.
+Positions are taken a chunk at a time. Where gradients are wanted, each chunk's are made while its logits are at hand:
+
+    d loss / d Y_i = (1 + Σ λ) p_i − 1[i = y] − Σ_levels λ 1[i ∈ c(y)] p_i / P_c(y)
+
+from the same exponentials as the losses, so the products are those of the plain form (one forward, two backward) and
+λ costs a few additions. On a mesh, rows stay on their devices, each device holds the codes of whole clusters (logical
+axis "vocab"), and what crosses the `tensor` axis are sums and maxima, one number a position, and the gradient of
+`hidden`. `reference` is the definition, on logits that are all there.
+"""
+
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+BATCH_AXES, WIDTH_AXIS, VOCAB_AXIS = ("data", "fsdp"), "fsdp", "tensor"
+
+# (cluster size, λ) of each level, from the finest to the coarsest.
+Levels = Sequence[tuple[int, Float[Array, ""] | float]]
+
+
+class Losses(NamedTuple):
+    """Losses in nats and hits in {0, 1}, one for each position.
+
+    Attributes:
+        token_loss: of the target's code.
+        token_hit: the most probable code is the target.
+        cluster_losses: of the target's cluster, one array for each level.
+        cluster_hits: the most probable cluster is the target's, one array for each level.
+    """
+
+    token_loss: Float[Array, "..."]
+    token_hit: Float[Array, "..."]
+    cluster_losses: tuple[Float[Array, "..."], ...]
+    cluster_hits: tuple[Float[Array, "..."], ...]
+
+    def named(self, cluster_sizes: Sequence[int]) -> dict[str, Array]:
+        """Losses and accuracies by the names of metrics: `cluster_loss` is the finest level's, `cluster_loss_64` that
+        of a coarser level with clusters of 64 codes."""
+        suffixes = ["", *(f"_{size}" for size in cluster_sizes[1:])]
+        found = {"token_loss": self.token_loss}
+        found |= {f"cluster_loss{s}": x for s, x in zip(suffixes, self.cluster_losses, strict=True)}
+        found["token_accuracy"] = self.token_hit
+        found |= {f"cluster_accuracy{s}": x for s, x in zip(suffixes, self.cluster_hits, strict=True)}
+        return found
+
+
+def cluster_loss(
+    hidden: Float[Array, "B L D"],
+    head: Float[Array, "D V"],
+    targets: Int[Array, "B L"],
+    levels: Levels,
+    *,
+    position_weights: Float[Array, "B L"] | None = None,
+    mean_of_rows: bool = False,
+    num_chunks: int = 1,
+) -> tuple[Float[Array, ""], Losses]:
+    """Mean of token_loss + Σ λ · cluster_loss, and the losses and hits of each position.
+
+    Only the mean is differentiable, by `hidden` and `head`. Inside `sharding.use_mesh` the work is split over the mesh.
+
+    Args:
+        hidden: what the head is applied to, after the final norm; its dtype is that of the products.
+        head: float32; column i gives the logit of rearranged code i.
+        targets: rearranged ids in [0, V).
+        levels: nested, from the finest on: each cluster size divides the next, and the last divides V (the part of V
+            on each device).
+        position_weights: not negative; what each position counts in the mean, 0 leaves it out. None counts all alike.
+        mean_of_rows: the weighted mean of each row first, then the mean over the rows (each picture counts alike,
+            however many of its positions count), in the place of one weighted mean over all positions.
+        num_chunks: parts that the positions are taken in, a divisor of L. Temporary memory falls with it.
+
+    Raises:
+        ValueError: when a cluster size or num_chunks does not divide what it splits.
+    """
+    sizes = tuple(size for size, _ in levels)
+    check_sizes(sizes, head.shape[1])
+    if hidden.shape[1] % num_chunks:
+        raise ValueError(f"num_chunks {num_chunks} does not divide the {hidden.shape[1]} positions")
+    weights = jnp.stack([jnp.asarray(weight, jnp.float32) for _, weight in levels])
+    scale = None if position_weights is None else shares(position_weights, mean_of_rows)
+    return _cluster_loss(hidden, head, targets, weights, scale, sizes, num_chunks)
+
+
+def check_sizes(sizes: Sequence[int], vocab_size: int) -> None:
+    """Raises ValueError where the levels are not nested, or do not divide the vocabulary."""
+    for finer, coarser in itertools.pairwise(sizes):
+        if coarser % finer or coarser == finer:
+            raise ValueError(f"cluster sizes {tuple(sizes)} are not nested: {finer} does not divide {coarser}")
+    for size in sizes:
+        if size < 1 or vocab_size % size:
+            raise ValueError(f"cluster_size {size} does not divide the vocabulary of {vocab_size}")
+
+
+def shares(weights: Float[Array, "B L"], mean_of_rows: bool) -> Float[Array, "B L"]:
+    """What each position's loss is multiplied with in the mean; they sum to 1 (to 0 where nothing counts)."""
+    weights = weights.astype(jnp.float32)
+    total = jnp.sum(weights, axis=1, keepdims=True) * weights.shape[0] if mean_of_rows else jnp.sum(weights)
+    return jnp.where(total > 0, weights / jnp.where(total > 0, total, 1.0), 0.0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _cluster_loss(hidden, head, targets, weights, scale, sizes, num_chunks):
+    losses, _ = _on_mesh(hidden, head, targets, weights, scale, sizes, num_chunks, with_gradients=False)
+    return _mean(losses, weights, scale), losses
+
+
+def _forward(hidden, head, targets, weights, scale, sizes, num_chunks):
+    losses, gradients = _on_mesh(hidden, head, targets, weights, scale, sizes, num_chunks, with_gradients=True)
+    return (_mean(losses, weights, scale), losses), gradients
+
+
+def _backward(sizes, num_chunks, gradients, cotangents):
+    factor, _ = cotangents
+    hidden, head = gradients
+    return factor.astype(hidden.dtype) * hidden, factor * head, None, None, None
+
+
+_cluster_loss.defvjp(_forward, _backward)
+
+
+def _mean(losses, weights, scale):
+    mean = jnp.mean if scale is None else lambda values: jnp.sum(scale * values)
+    total = mean(losses.token_loss)
+    for i, values in enumerate(losses.cluster_losses):
+        total += weights[i] * mean(values)
+    return total
+
+
+def _on_mesh(hidden, head, targets, weights, scale, sizes, num_chunks, with_gradients):
+    """Runs `_chunked` on each device's part, or on everything where there is no mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    run = functools.partial(
+        _chunked,
+        sizes=sizes,
+        num_chunks=num_chunks,
+        num_positions=targets.size,
+        with_gradients=with_gradients,
+        sharded=not mesh.empty,
+    )
+    if mesh.empty:
+        return run(hidden, head, targets, weights, scale)
+    rows = PartitionSpec(BATCH_AXES)
+    losses = Losses(rows, rows, (rows,) * len(sizes), (rows,) * len(sizes))
+    gradients = (rows, PartitionSpec(WIDTH_AXIS, VOCAB_AXIS)) if with_gradients else None
+    return jax.shard_map(
+        run,
+        in_specs=(rows, PartitionSpec(None, VOCAB_AXIS), rows, PartitionSpec(), None if scale is None else rows),
+        out_specs=(losses, gradients),
+        check_vma=False,
+    )(hidden, head, targets, weights, scale)
+
+
+def _chunked(hidden, head, targets, weights, scale, *, sizes, num_chunks, num_positions, with_gradients, sharded):
+    """Losses of all positions and, where asked for, the gradients of their mean by `hidden` and `head`."""
+    batch, length, _ = hidden.shape
+
+    def split(positions):
+        return positions.reshape(batch, num_chunks, length // num_chunks, *positions.shape[2:]).swapaxes(0, 1)
+
+    def joined(parts):
+        return parts.swapaxes(0, 1).reshape(batch, length, *parts.shape[3:])
+
+    columns = head.astype(hidden.dtype)
+    first = jax.lax.axis_index(VOCAB_AXIS) * head.shape[1] if sharded else 0
+
+    def one(total, chunk):
+        rows, wanted, counts = chunk
+        logits = jnp.einsum("BLD,DV->BLV", rows, columns, preferred_element_type=jnp.float32)
+        losses, dlogits = _losses_and_gradient(logits, wanted - first, weights, sizes, sharded)
+        if not with_gradients:
+            return total, (losses, None)
+        dlogits = dlogits / num_positions if counts is None else dlogits * counts[..., None]
+        dlogits = dlogits.astype(hidden.dtype)
+        total += jnp.einsum("BLD,BLV->DV", rows, dlogits, preferred_element_type=jnp.float32)
+        dhidden = jnp.einsum("BLV,DV->BLD", dlogits, columns, preferred_element_type=jnp.float32)
+        if sharded:
+            dhidden = jax.lax.psum(dhidden, VOCAB_AXIS)
+        return total, (losses, dhidden.astype(hidden.dtype))
+
+    total = jnp.zeros(head.shape, jnp.float32) if with_gradients else None
+    chunks = (split(hidden), split(targets), None if scale is None else split(scale))
+    dhead, (losses, dhidden) = jax.lax.scan(one, total, chunks)
+    losses = jax.tree.map(joined, losses)
+    if not with_gradients:
+        return losses, None
+    if sharded:
+        dhead = jax.lax.psum_scatter(dhead, WIDTH_AXIS, scatter_dimension=0, tiled=True)
+        dhead = jax.lax.psum(dhead, "data")
+    return losses, (joined(dhidden), dhead)
+
+
+class _OwnCluster(NamedTuple):
+    """The target's cluster of one level, on this device: its place among the level's clusters, whose sums follow, and
+    its own logits by themselves, for its sum can be too small beside the highest logit of all."""
+
+    place: Int[Array, "B L"]
+    logits: Float[Array, "B L S"]
+    lse: Float[Array, "B L"]
+    sums: Float[Array, "B L n"]
+
+
+def _losses_and_gradient(logits, targets, weights, sizes, sharded):
+    """Losses of one chunk and the gradient of token_loss + Σ λ · cluster_loss by its logits.
+
+    Args:
+        logits: float32 [B, l, V] of this device's codes.
+        targets: ids counted from the device's first code: outside [0, V) where the target is on another device.
+    """
+    everywhere = functools.partial(jax.lax.psum, axis_name=VOCAB_AXIS) if sharded else lambda x: x
+    here = (targets >= 0) & (targets < logits.shape[-1])
+
+    def is_first_highest(values, places, wanted):
+        """1 where no value is above the wanted one, nor equal to it at a lower place, else 0."""
+        # Comparisons and a sum: an argmax is ten times slower on CPUs, and here would need to know its device.
+        before = jnp.arange(values.shape[-1]) < places[..., None]
+        ahead = (values > wanted[..., None]) | ((values == wanted[..., None]) & before)
+        return (everywhere(jnp.sum(ahead, axis=-1)) == 0).astype(jnp.float32)
+
+    highest = jnp.max(logits, axis=-1)
+    if sharded:
+        highest = jax.lax.pmax(highest, VOCAB_AXIS)
+    grouped = logits.reshape(*logits.shape[:-1], -1, sizes[0])
+    exponentials = jnp.exp(grouped - highest[..., None, None])
+    own: list[_OwnCluster] = []
+    sums = exponentials.reshape(logits.shape)
+    for finer, size in itertools.pairwise((1, *sizes)):
+        # A coarser cluster's sum is that of the finer ones in it.
+        sums = jnp.sum(sums.reshape(*sums.shape[:-1], -1, size // finer), axis=-1)
+        own.append(_own_cluster(logits, targets, size, sums))
+    # The target is in the finest cluster of its own.
+    target_logit = jnp.take_along_axis(own[0].logits, (targets % sizes[0])[..., None], axis=-1)[..., 0]
+    *own_lse, target_logit = (everywhere(jnp.where(here, x, 0.0)) for x in (*(c.lse for c in own), target_logit))
+    own_sum = [
+        everywhere(jnp.where(here, jnp.take_along_axis(c.sums, _inside(c)[..., None], axis=-1)[..., 0], 0.0))
+        for c in own
+    ]
+    total = everywhere(jnp.sum(own[0].sums, axis=-1))
+    lse = highest + jnp.log(total)
+    losses = Losses(
+        token_loss=lse - target_logit,
+        token_hit=is_first_highest(logits, targets, target_logit),
+        cluster_losses=tuple(lse - x for x in own_lse),
+        cluster_hits=tuple(is_first_highest(c.sums, c.place, x) for c, x in zip(own, own_sum, strict=True)),
+    )
+    gradient: Any = exponentials * ((1.0 + sum(weights[i] for i in range(len(sizes)))) / total)[..., None, None]
+    for i, (size, cluster) in enumerate(zip(sizes, own, strict=True)):
+        pulled = weights[i] * jnp.exp(cluster.logits - cluster.lse[..., None])
+        if i == 0:
+            pulled += jnp.arange(size) == (targets % size)[..., None]
+        in_cluster = (jnp.arange(cluster.sums.shape[-1]) == jnp.where(here, cluster.place, -1)[..., None])[..., None]
+        gradient = gradient.reshape(*logits.shape[:-1], -1, size)
+        gradient -= jnp.where(in_cluster, pulled[..., None, :], 0.0)
+    return losses, gradient.reshape(logits.shape)
+
+
+def _own_cluster(logits, targets, size, sums):
+    place = targets // size
+    inside = jnp.clip(place, 0, sums.shape[-1] - 1)[..., None, None]
+    own = jnp.take_along_axis(logits.reshape(*logits.shape[:-1], -1, size), inside, axis=-2)[..., 0, :]
+    return _OwnCluster(place, own, jax.nn.logsumexp(own, axis=-1), sums)
+
+
+def _inside(cluster):
+    """A place that this device has, also where the target is on another one."""
+    return jnp.clip(cluster.place, 0, cluster.sums.shape[-1] - 1)
+
+
+def reference(logits: Float[Array, "*B V"], targets: Int[Array, "*B"], cluster_sizes: Sequence[int]) -> Losses:
+    """The losses as the paper defines them, one cross-entropy by itself for each level.
+
+    Logits are reshaped to (n, m), put together by logsumexp over m, and cross-entropy is taken over the n clusters.
+
+    Args:
+        logits: [..., V] in the rearranged order; computed in float32 whatever their dtype.
+        targets: [...] rearranged ids in [0, V).
+        cluster_sizes: m of each level, as in `cluster_loss`.
+
+    Raises:
+        ValueError: when a cluster size does not divide what it splits.
+    """
+    check_sizes(cluster_sizes, logits.shape[-1])
+    logits = logits.astype(jnp.float32)
+
+    def cross_entropy(scores, labels):
+        found = -jnp.take_along_axis(jax.nn.log_softmax(scores, axis=-1), labels[..., None], axis=-1)[..., 0]
+        return found, (jnp.argmax(scores, axis=-1) == labels).astype(jnp.float32)
+
+    token_loss, token_hit = cross_entropy(logits, targets)
+    levels = [
+        cross_entropy(
+            jax.nn.logsumexp(logits.reshape(*logits.shape[:-1], -1, size), axis=-1),
+            targets // size,
+        )
+        for size in cluster_sizes
+    ]
+    return Losses(token_loss, token_hit, *(tuple(values) for values in zip(*levels, strict=True)))

@@ -1,1 +1,0 @@
-"""Decoding with a KV cache and the choice of the next code."""

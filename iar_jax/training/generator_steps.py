@@ -1,0 +1,94 @@
+"""The jitted train and eval steps, of any generator."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Key
+
+from iar_jax.generators.generator import Batch, Generator
+from iar_jax.training.state import TrainState, update_ema
+
+Metrics = dict[str, Float[Array, ""]]
+
+
+def init_train_state(key: Key[Array, ""], generator: Generator, optimizer: optax.GradientTransformation) -> TrainState:
+    """A fresh state whose leaves carry their logical axes (flax boxes)."""
+    params = generator.init(key)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema_params=params)
+
+
+def make_train_step(
+    generator: Generator,
+    optimizer: optax.GradientTransformation,
+    *,
+    cluster_weights: Sequence[float | optax.Schedule],
+    ema_decay: float,
+    key: Key[Array, ""],
+    accumulation: int = 1,
+    learning_rate: optax.Schedule | None = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """One optimizer step on the generator's loss.
+
+    The step's randomness is fold_in(key, step), so a resumed run draws what an undisturbed one would have drawn.
+
+    Args:
+        cluster_weights: λ of each level, or a schedule of it over the steps.
+        accumulation: parts that the batch is taken in, one after the other; their mean gradient is the batch's. Each
+            part draws its own randomness.
+        learning_rate: the optimizer's schedule, to be among the metrics.
+    """
+
+    def loss_fn(params, batch, step_key, weights, teacher):
+        loss, metrics = generator.loss(params, batch, step_key, weights, teacher)
+        return loss, metrics | {"loss": loss}
+
+    gradient = jax.grad(loss_fn, has_aux=True)
+
+    def mean_gradient(params, batch, step_key, weights, teacher):
+        if accumulation == 1:
+            return gradient(params, batch, step_key, weights, teacher)
+
+        def one(total, part):
+            index, rows = part
+            found = gradient(params, rows, jax.random.fold_in(step_key, index), weights, teacher)
+            return jax.tree.map(jnp.add, total, found), None
+
+        shapes = jax.eval_shape(gradient, params, batch, step_key, weights, teacher)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        parts = jnp.arange(accumulation), jax.tree.map(lambda rows: in_parts(rows, accumulation), batch)
+        total, _ = jax.lax.scan(one, zeros, parts)
+        return jax.tree.map(lambda leaf: leaf / accumulation, total)
+
+    def train_step(state, batch):
+        step_key = jax.random.fold_in(key, state.step)
+        weights = jnp.stack([jnp.float32(w(state.step) if callable(w) else w) for w in cluster_weights])
+        grads, metrics = mean_gradient(state.params, batch, step_key, weights, state.ema_params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema_params = update_ema(state.ema_params, params, ema_decay, state.step)
+        metrics |= {"grad_norm": optax.global_norm(grads)}
+        if learning_rate is not None:
+            metrics |= {"learning_rate": learning_rate(state.step)}
+        return TrainState(state.step + 1, params, opt_state, ema_params), metrics
+
+    return train_step
+
+
+def in_parts(rows: Array, count: int) -> Array:
+    """Rows [B, ...] as [count, B / count, ...]: part i has the rows i, i + count, ..., so none leaves its device."""
+    parts = rows.reshape(rows.shape[0] // count, count, *rows.shape[1:])
+    return parts.swapaxes(0, 1)
+
+
+def make_eval_step(generator: Generator) -> Callable[[Any, Batch, Array], Metrics]:
+    """(params, batch, valid) -> sums over the valid rows of each metric, and their "count"."""
+
+    def eval_step(params, batch, valid):
+        rows = generator.score(params, batch)
+        sums = {name: jnp.sum(jnp.where(valid, values, 0.0)) for name, values in rows.items()}
+        return sums | {"count": jnp.sum(valid.astype(jnp.float32))}
+
+    return eval_step

@@ -1,0 +1,90 @@
+"""If these fail, a typo trains for hours on the wrong thing, or a user sees a stack trace."""
+
+import pathlib
+import runpy
+
+import pytest
+
+from iar_jax.config.checks import check_config
+from iar_jax.config.fields import default_config
+from iar_jax.runtime.errors import UserError
+
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+
+
+def get_config(name, arg=""):
+    return runpy.run_path(str(CONFIGS / name))["get_config"](arg)
+
+
+@pytest.mark.parametrize(
+    ("name", "arg"),
+    [("mnist.py", ""), ("mnist.py", "baseline"), ("folder.py", "/pictures"), ("folder.py", "/pictures,small")]
+    + [("folder.py", f"/a,b,{size}") for size in ("tiny", "B", "L")],
+)
+def test_shipped_configs_pass(name, arg):
+    check_config(get_config(name, arg))
+
+
+def test_the_baseline_differs_in_lambda_alone():
+    ours, baseline = get_config("mnist.py").to_dict(), get_config("mnist.py", "baseline").to_dict()
+    assert ours["training"].pop("cluster_weight") == 1.0
+    assert baseline["training"].pop("cluster_weight") == 0.0
+    assert ours == baseline
+
+
+def test_a_folder_with_a_comma_keeps_its_name():
+    config = get_config("folder.py", "/a,b,tiny")
+    assert config.data.source == "folder:/a,b"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        (
+            "codebook.cluster_size",
+            100,
+            r"cluster_size is 100, which does not divide .*codebook_size \(16384\); 64 or 128",
+        ),
+        ("model.num_heads", 5, r"num_heads is 5, which does not divide config.model.dim \(768\); 4 or 6 would"),
+        ("model.num_heads", 384, "makes heads of 2; the rotary embedding of rows and columns needs a multiple of 4"),
+        ("model.dim", 0, "config.model.dim is 0; allowed are integers from 1 on"),
+        ("model.ffn_dropout_rate", 1.0, r"ffn_dropout_rate is 1.0; allowed are numbers in \[0, 1\)"),
+        ("sampling.top_p", 0.0, r"top_p is 0.0; allowed are numbers in \(0, 1\]"),
+        ("sampling.top_k", -1, "top_k is -1; allowed are integers from 0 on"),
+        ("sampling.temperature", 0.0, r"temperature is 0.0; allowed are numbers in \(0, inf\)"),
+        ("training.schedule", "linear", "'linear'; allowed are 'constant', 'cosine'"),
+        ("tokenizer.channel_multipliers", (), "allowed is a tuple of positive integers"),
+        ("tokenizer.local_encoder", True, "local_encoder is set, which goes with one level"),
+        ("model.scan_unroll", 13, "allowed are 1 to config.model.num_layers"),
+        ("data.resolution", 33, "the tokenizer turns 16 x 16 pixels into a code"),
+        ("data.resolution", 16, "a single code of the tokenizer; 32 at least"),
+        ("training.learning_rate", float("nan"), "learning_rate is nan"),
+    ],
+)
+def test_impossible_values_name_the_field_the_value_and_what_is_allowed(field, value, message):
+    config = default_config()
+    section, name = field.split(".")
+    config[section][name] = value
+    with pytest.raises(UserError, match=message):
+        check_config(config)
+
+
+def test_unknown_and_missing_fields_in_a_file_are_named():
+    config = default_config()
+    with config.unlocked():
+        config.model.dmi = 3
+    with pytest.raises(UserError, match=r"config.model.dmi: no such field; did you mean 'dim'\?"):
+        check_config(config)
+    config = default_config()
+    with config.unlocked():
+        del config.model.dim
+    with pytest.raises(UserError, match=r"config\.model\.dim is missing"):
+        check_config(config)
+
+
+def test_a_value_of_the_wrong_type_is_named():
+    config = default_config()
+    with config.unlocked(), config.ignore_type():
+        config.model.dim = "wide"
+    with pytest.raises(UserError, match=r"config.model.dim is 'wide', of type str; allowed is an integer"):
+        check_config(config)
