@@ -8,6 +8,7 @@ compares names, ids, labels and counts, and fails where records are not what the
 """
 
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -91,7 +92,7 @@ def extract_splits(
                 directory,
                 encode_batch,
                 config.codes,
-                lambda image, kind=kind: preprocessing.CROPS[kind](image, views_of(config)),
+                functools.partial(preprocessing.crops, kind=kind, views=views_of(config)),
                 sharding.local_part(mesh),
                 model.codebook_size,
                 shown,
@@ -287,7 +288,7 @@ def stored_codes(
                 f"{directory}: record {index} is of image {record.image_id}, label {record.label}; "
                 f"{images.name} has image {source.image_ids[index]}, label {label} there"
             )
-        crops = preprocessing.CROPS[kind](image, views)
+        crops = preprocessing.crops(image, kind, views)
         view = int(rng.integers(len(crops)))
         if len(crops) != len(record.codes):
             raise UserError(f"{directory}: record {index} has {len(record.codes)} crops, not {len(crops)}")

@@ -4,9 +4,10 @@ import dataclasses
 import importlib
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 
+@runtime_checkable
 class Allowed(Protocol):
     """What values a field may have. `str()` says it for people, after "allowed is" or "allowed are"."""
 
@@ -132,13 +133,13 @@ class Field:
         default: its type is the field's from then on.
         meaning: a sentence for people.
         allowed: what values it may have.
-        matters: whether another value makes another artifact. False: it may change from one part of a run to the next.
-            A function (old section, new section, steps done so far) -> bool decides by what has happened yet.
+        matters: whether another value makes another artifact; where not, it may change from one part of a run to the
+            next. "module:NAME" names a function (old section, new section, steps done so far) -> bool that decides.
     """
 
     default: Any
     meaning: str
-    allowed: Any
+    allowed: Allowed
     matters: bool | str = True
 
     def changes_artifact(self, old: dict[str, Any], new: dict[str, Any], steps_done: int | None) -> bool:

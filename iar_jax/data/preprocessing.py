@@ -135,6 +135,12 @@ CROPS: dict[str, Callable[[Image.Image, Views], UInt8[np.ndarray, "crops size si
     "ten_crop": lambda image, views: np.concatenate([ten_crop(image, views.size, r) for r in views.crop_ranges]),
 }
 
+
+def crops(image: Image.Image, kind: str, views: Views) -> UInt8[np.ndarray, "crops size size 3"]:
+    """The views of an image whose codes are stored; `kind` is a key of CROPS."""
+    return CROPS[kind](image, views)
+
+
 # A training image, config.data and a generator -> the image as it is trained on.
 Augment = Callable[[np.ndarray, Section, np.random.Generator], np.ndarray]
 

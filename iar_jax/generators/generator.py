@@ -7,7 +7,7 @@ returns an object with these methods, and enter the builder in KINDS.
 import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 from etils import epath
@@ -26,6 +26,7 @@ from iar_jax.runtime.section import Section
 Batch = Mapping[str, Any]
 
 
+@runtime_checkable
 class Generator(Protocol):
     """A model of codes, without its weights. Parameters are a pytree that nobody else looks into."""
 

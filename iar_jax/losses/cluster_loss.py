@@ -207,16 +207,6 @@ def _chunked(hidden, head, targets, weights, scale, *, sizes, num_chunks, num_po
     return losses, (joined(dhidden), dhead)
 
 
-class _OwnCluster(NamedTuple):
-    """The target's cluster of one level, on this device: its place among the level's clusters, whose sums follow, and
-    its own logits by themselves, for its sum can be too small beside the highest logit of all."""
-
-    place: Int[Array, "B L"]
-    logits: Float[Array, "B L S"]
-    lse: Float[Array, "B L"]
-    sums: Float[Array, "B L n"]
-
-
 def _losses_and_gradient(logits, targets, weights, sizes, sharded):
     """Losses of one chunk and the gradient of token_loss + Σ λ · cluster_loss by its logits.
 
@@ -239,48 +229,51 @@ def _losses_and_gradient(logits, targets, weights, sizes, sharded):
         highest = jax.lax.pmax(highest, VOCAB_AXIS)
     grouped = logits.reshape(*logits.shape[:-1], -1, sizes[0])
     exponentials = jnp.exp(grouped - highest[..., None, None])
-    own: list[_OwnCluster] = []
-    sums = exponentials.reshape(logits.shape)
+    sums = [exponentials.reshape(logits.shape)]
     for finer, size in itertools.pairwise((1, *sizes)):
         # A coarser cluster's sum is that of the finer ones in it.
-        sums = jnp.sum(sums.reshape(*sums.shape[:-1], -1, size // finer), axis=-1)
-        own.append(_own_cluster(logits, targets, size, sums))
-    # The target is in the finest cluster of its own.
-    target_logit = jnp.take_along_axis(own[0].logits, (targets % sizes[0])[..., None], axis=-1)[..., 0]
-    *own_lse, target_logit = (everywhere(jnp.where(here, x, 0.0)) for x in (*(c.lse for c in own), target_logit))
-    own_sum = [
-        everywhere(jnp.where(here, jnp.take_along_axis(c.sums, _inside(c)[..., None], axis=-1)[..., 0], 0.0))
-        for c in own
-    ]
-    total = everywhere(jnp.sum(own[0].sums, axis=-1))
+        sums.append(jnp.sum(sums[-1].reshape(*logits.shape[:-1], -1, size // finer), axis=-1))
+    total = everywhere(jnp.sum(sums[1], axis=-1))
     lse = highest + jnp.log(total)
+
+    # The target's coarsest cluster by itself, and the finer ones in it: their sums can be too small beside the highest
+    # logit of all.
+    own = _taken(logits, targets // sizes[-1], sizes[-1])
+    within = targets % sizes[-1]
+    own_lse = [jax.nn.logsumexp(_taken(own, within // size, size), axis=-1) for size in sizes]
+    target_logit = jnp.take_along_axis(own, within[..., None], axis=-1)[..., 0]
+    cluster_lse = [everywhere(jnp.where(here, x, 0.0)) for x in own_lse]
+    target_logit = everywhere(jnp.where(here, target_logit, 0.0))
+    cluster_hits = []
+    for size, values in zip(sizes, sums[1:], strict=True):
+        own_sum = everywhere(jnp.where(here, _taken(values, targets // size, 1)[..., 0], 0.0))
+        cluster_hits.append(is_first_highest(values, targets // size, own_sum))
     losses = Losses(
         token_loss=lse - target_logit,
         token_hit=is_first_highest(logits, targets, target_logit),
-        cluster_losses=tuple(lse - x for x in own_lse),
-        cluster_hits=tuple(is_first_highest(c.sums, c.place, x) for c, x in zip(own, own_sum, strict=True)),
+        cluster_losses=tuple(lse - x for x in cluster_lse),
+        cluster_hits=tuple(cluster_hits),
     )
-    gradient: Any = exponentials * ((1.0 + sum(weights[i] for i in range(len(sizes)))) / total)[..., None, None]
-    for i, (size, cluster) in enumerate(zip(sizes, own, strict=True)):
-        pulled = weights[i] * jnp.exp(cluster.logits - cluster.lse[..., None])
-        if i == 0:
-            pulled += jnp.arange(size) == (targets % size)[..., None]
-        in_cluster = (jnp.arange(cluster.sums.shape[-1]) == jnp.where(here, cluster.place, -1)[..., None])[..., None]
-        gradient = gradient.reshape(*logits.shape[:-1], -1, size)
-        gradient -= jnp.where(in_cluster, pulled[..., None, :], 0.0)
+    place = jnp.arange(sizes[-1])
+    pulled: Any = 0.0
+    for i, size in enumerate(sizes):
+        share = weights[i] * jnp.exp(own - own_lse[i][..., None])
+        inside = place // size == (within // size)[..., None]
+        pulled += share if size == sizes[-1] else jnp.where(inside, share, 0.0)
+    pulled += place == within[..., None]
+    gradient = exponentials * ((1.0 + sum(weights[i] for i in range(len(sizes)))) / total)[..., None, None]
+    gradient = gradient.reshape(*logits.shape[:-1], -1, sizes[-1])
+    in_cluster = jnp.arange(gradient.shape[-2]) == jnp.where(here, targets // sizes[-1], -1)[..., None]
+    gradient -= jnp.where(in_cluster[..., None], pulled[..., None, :], 0.0)
     return losses, gradient.reshape(logits.shape)
 
 
-def _own_cluster(logits, targets, size, sums):
-    place = targets // size
-    inside = jnp.clip(place, 0, sums.shape[-1] - 1)[..., None, None]
-    own = jnp.take_along_axis(logits.reshape(*logits.shape[:-1], -1, size), inside, axis=-2)[..., 0, :]
-    return _OwnCluster(place, own, jax.nn.logsumexp(own, axis=-1), sums)
-
-
-def _inside(cluster):
-    """A place that this device has, also where the target is on another one."""
-    return jnp.clip(cluster.place, 0, cluster.sums.shape[-1] - 1)
+def _taken(values, groups, size):
+    """Of the last axis in groups of `size`, the group of each row, [..., size]; any group that is there where the
+    wanted one is not."""
+    grouped = values.reshape(*values.shape[:-1], -1, size)
+    inside = jnp.clip(groups, 0, grouped.shape[-2] - 1)[..., None, None]
+    return jnp.take_along_axis(grouped, inside, axis=-2)[..., 0, :]
 
 
 def reference(logits: Float[Array, "*B V"], targets: Int[Array, "*B"], cluster_sizes: Sequence[int]) -> Losses:

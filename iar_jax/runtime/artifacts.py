@@ -10,7 +10,7 @@ import importlib.metadata
 import json
 import os
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -47,6 +47,7 @@ INPUTS = {
 }
 
 
+@runtime_checkable
 class Config(Protocol):
     """The part of a config that an artifact is made by; `iar_jax.config.relevance` has it."""
 

@@ -24,14 +24,15 @@ def call(*arguments, workdir):
     ("arguments", "message"),
     [
         (["--config.model.dmi=3"], "config.model.dmi: no such field; did you mean 'dim'?"),
-        (["--config.sampling.clusterweight=1"], "did you mean 'config.training.cluster_weight'?"),
+        (["--config.sampling.clusterweight=1"], "did you mean 'config.training.cluster_weights'?"),
         (["--config.model.dim=wide"], "config.model.dim is 'wide'; allowed is an integer, such as 768"),
         (
             ["--config.model=3"],
-            "config.model is a section; set one of its fields: attention_block, class_dropout_rate, ",
+            "config.model is a section; set one of its fields: attention, attention_block, class_dropout_rate, ",
         ),
         (["--config.model.remat=perhaps"], "config.model.remat is 'perhaps'; allowed are 'none', 'layer', 'dots'"),
-        (["--config.codebook.cluster_size=100"], "config.codebook.cluster_size is 100, which does not divide"),
+        (["--config.codebook.cluster_sizes=(100,)"], "config.codebook.cluster_sizes is (100,): 100 does not divide"),
+        (["--config.codebook.cluster_size=16"], "cluster_size: no such field; did you mean 'cluster_sizes'?"),
         (["--nonsense=3"], "nonsense"),
         (["stray"], "'stray' is no option"),
         ([], "tokenizer is not there; run python -m iar_jax.train_tokenizer first"),
@@ -70,3 +71,14 @@ def test_a_workdir_that_cannot_be_made_is_named(tmp_path):
     done = call("--config=configs/mnist.py", workdir=tmp_path / "file" / "run")
     assert "cannot be written" in done.stderr
     assert done.returncode == 2
+
+
+def test_help_lists_the_fields_that_a_stage_reads(tmp_path):
+    done = call("--help", workdir=tmp_path)
+    assert done.returncode == 0
+    assert "config.inputs.transformer names a finished transformer" in done.stdout
+    assert "--config.training.schedule=constant" in done.stdout
+    assert "Allowed: 'constant', 'cosine', 'linear', 'wsd'." in " ".join(done.stdout.split())
+    assert "--config.codebook." not in done.stdout
+    assert "--config.sampling." not in done.stdout
+    assert not list(tmp_path.iterdir())

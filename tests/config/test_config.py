@@ -1,12 +1,18 @@
 """If these fail, a typo trains for hours on the wrong thing, or a user sees a stack trace."""
 
+import importlib
+import io
 import pathlib
+import re
 import runpy
+import tokenize
 
 import pytest
 
 from iar_jax.config.checks import check_config
-from iar_jax.config.fields import default_config
+from iar_jax.config.describe import markdown
+from iar_jax.config.field import leaves
+from iar_jax.config.fields import SECTIONS, default_config
 from iar_jax.runtime.errors import UserError
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
@@ -27,8 +33,8 @@ def test_shipped_configs_pass(name, arg):
 
 def test_the_baseline_differs_in_lambda_alone():
     ours, baseline = get_config("mnist.py").to_dict(), get_config("mnist.py", "baseline").to_dict()
-    assert ours["training"].pop("cluster_weight") == 1.0
-    assert baseline["training"].pop("cluster_weight") == 0.0
+    assert ours["training"].pop("cluster_weights") == (1.0,)
+    assert baseline["training"].pop("cluster_weights") == (0.0,)
     assert ours == baseline
 
 
@@ -41,9 +47,9 @@ def test_a_folder_with_a_comma_keeps_its_name():
     ("field", "value", "message"),
     [
         (
-            "codebook.cluster_size",
-            100,
-            r"cluster_size is 100, which does not divide .*codebook_size \(16384\); 64 or 128",
+            "codebook.cluster_sizes",
+            (100,),
+            r"cluster_sizes is \(100,\): 100 does not divide .*codebook_size \(16384\); 64 or 128",
         ),
         ("model.num_heads", 5, r"num_heads is 5, which does not divide config.model.dim \(768\); 4 or 6 would"),
         ("model.num_heads", 384, "makes heads of 2; the rotary embedding of rows and columns needs a multiple of 4"),
@@ -52,8 +58,22 @@ def test_a_folder_with_a_comma_keeps_its_name():
         ("sampling.top_p", 0.0, r"top_p is 0.0; allowed are numbers in \(0, 1\]"),
         ("sampling.top_k", -1, "top_k is -1; allowed are integers from 0 on"),
         ("sampling.temperature", 0.0, r"temperature is 0.0; allowed are numbers in \(0, inf\)"),
-        ("training.schedule", "linear", "'linear'; allowed are 'constant', 'cosine'"),
-        ("tokenizer.channel_multipliers", (), "allowed is a tuple of positive integers"),
+        ("training.schedule", "step", "'step'; allowed are 'constant', 'cosine', 'linear', 'wsd'"),
+        ("model.kind", "diffusion", "config.model.kind is 'diffusion'; allowed are 'autoregressive'"),
+        ("model.attention", "flash", "config.model.attention is 'flash'; allowed are 'blocks'"),
+        ("data.source", "zip:a", "'zip:a'; allowed are 'mnist5k', 'folder:PATH', 'tfds:NAME', 'parquet:PATH'"),
+        ("evaluation.features", "clip", "'clip'; allowed are 'classifier', 'inception'"),
+        ("codebook.cluster_sizes", (8, 12), r"cluster_sizes is \(8, 12\): 8 does not divide 12"),
+        (
+            "training.cluster_weights",
+            (1.0, 0.5),
+            r"cluster_weights is \(1.0, 0.5\) and config.codebook.cluster_sizes is \(128,\): give one weight for each",
+        ),
+        ("training.cluster_weights", (-1.0,), r"allowed is a tuple of numbers in \[0, inf\)"),
+        ("training.cluster_weights_end", (1.0, 0.5), r"cluster_weights_end is \(1.0, 0.5\) and config.training.clus"),
+        ("model.num_kv_heads", 5, r"num_kv_heads is 5, which does not divide config.model.num_heads \(12\); 4 or 6"),
+        ("training.decay_steps", 2_000_000, "are more than config.training.num_steps"),
+        ("tokenizer.channel_multipliers", (), "allowed is a tuple of integers from 1 on"),
         ("tokenizer.local_encoder", True, "local_encoder is set, which goes with one level"),
         ("model.scan_unroll", 13, "allowed are 1 to config.model.num_layers"),
         ("data.resolution", 33, "the tokenizer turns 16 x 16 pixels into a code"),
@@ -88,3 +108,37 @@ def test_a_value_of_the_wrong_type_is_named():
         config.model.dim = "wide"
     with pytest.raises(UserError, match=r"config.model.dim is 'wide', of type str; allowed is an integer"):
         check_config(config)
+
+
+def test_every_default_is_allowed_and_every_choice_is_served():
+    for name, field in leaves(SECTIONS):
+        assert field.allowed.admits(field.default), name
+        assert str(field.allowed), name
+        assert field.meaning.endswith((".", ")")), name
+
+
+def test_the_page_of_fields_is_not_stale():
+    page = (CONFIGS.parent / "docs" / "config.md").read_text()
+    assert page == markdown(), "make it again: python -m iar_jax.config.describe > docs/config.md"
+
+
+STAGES = {
+    "train_tokenizer": "train_tokenizer.py",
+    "rearrange_codebook": "rearrange_codebook.py",
+    "extract_codes": "extract_codes.py",
+    "train": "train.py",
+    "sample": "sample.py",
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_help_of_a_stage_lists_the_sections_that_it_reads(stage):
+    source = (CONFIGS.parent / "iar_jax" / STAGES[stage]).read_text()
+    read = set(re.findall(r"\bconfig\.([a-z_]+)\b(?!\()", re.sub(r"iar_jax\.config\.\w+", "", code_of(source))))
+    assert read & SECTIONS.keys() == set(importlib.import_module(f"iar_jax.{stage}").READS)
+
+
+def code_of(source):
+    """Without docstrings, comments and texts."""
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return tokenize.untokenize(t for t in tokens if t.type not in (tokenize.STRING, tokenize.COMMENT))

@@ -5,9 +5,18 @@ import pytest
 from PIL import Image
 
 from iar_jax.config.checks import check_config
-from iar_jax.config.fields import default_config
-from iar_jax.data.images import image_folder, mnist5k
+from iar_jax.config.fields import default_config, defaults
+from iar_jax.data.images import open_images
 from iar_jax.runtime.errors import UserError
+
+
+def mnist5k(resolution, val_fraction):
+    return open_images(defaults("data") | {"resolution": resolution, "val_fraction": val_fraction})
+
+
+def image_folder(path, resolution, val_fraction, max_unreadable):
+    section = {"resolution": resolution, "val_fraction": val_fraction, "max_unreadable": max_unreadable}
+    return open_images(defaults("data") | section | {"source": f"folder:{path}"})
 
 
 def make_folder(path, classes=("cat", "dog"), count=4, suffix=".png"):

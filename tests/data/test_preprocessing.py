@@ -79,7 +79,7 @@ def test_shift_moves_pixels_and_repeats_the_border(down, right):
 def test_crops_begin_with_the_picture_itself():
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     for kind, count in (("center", 1), ("mirror", 2), ("shifts", 9)):
-        found = preprocessing.crops(Image.fromarray(pixels), kind, 8, max_shift=2, crop_ranges=())
+        found = preprocessing.CROPS[kind](Image.fromarray(pixels), preprocessing.Views(8, max_shift=2))
         assert found.shape == (count, 8, 8, 3)
         np.testing.assert_array_equal(found[0], pixels)
         assert len({crop.tobytes() for crop in found}) == count
@@ -88,7 +88,7 @@ def test_crops_begin_with_the_picture_itself():
 @pytest.mark.parametrize("size", [(50, 70), (33, 33), (200, 45)])
 def test_ten_crops_are_torchvisions(size):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
-    found = preprocessing.crops(image, "ten_crop", 32, max_shift=0, crop_ranges=(1.1, 1.05))
+    found = preprocessing.CROPS["ten_crop"](image, preprocessing.Views(32, crop_ranges=(1.1, 1.05)))
     assert found.shape == (20, 32, 32, 3)
     for first, side in ((0, 35), (10, 33)):
         whole = preprocessing.center_crop(image, side)
@@ -111,7 +111,7 @@ def test_files_of_all_kinds_become_the_crops_of_torchvision(golden, tmp_path, na
     (tmp_path / name).write_bytes(content)
     records = TfdsSource("set", [{"image": content, "label": 3}], 0, 24)
     for kind, picture in (("folder", read_image(str(tmp_path / name))), ("adm", records.example(0)[0])):
-        found = preprocessing.crops(picture, "ten_crop", 24, max_shift=0, crop_ranges=(1.1, 1.05))
+        found = preprocessing.CROPS["ten_crop"](picture, preprocessing.Views(24, crop_ranges=(1.1, 1.05)))
         np.testing.assert_array_equal(found, expected[f"{kind}/{name}"])
 
 

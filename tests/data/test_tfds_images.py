@@ -67,7 +67,7 @@ def test_pictures_are_converted_as_adm_does():
     np.testing.assert_array_equal(not_turned, np.asarray(colours)[..., :3])
     np.testing.assert_array_equal(three_channels, np.repeat(np.asarray(grey)[..., None], 3, axis=-1))
     np.testing.assert_array_equal(from_cmyk, np.asarray(Image.open(io.BytesIO(files[3])).convert("RGB")))
-    with pytest.raises(UserError, match="some: record 0 is no picture"):
+    with pytest.raises(UserError, match="some: record 0 is not an image"):
         TfdsSource("some", [{"image": b"nothing", "label": 0}], 0, 4).example(0)
 
 

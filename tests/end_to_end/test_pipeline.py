@@ -112,15 +112,17 @@ def test_rearranging_does_not_touch_the_reconstructions(finished):
     from etils import epath
 
     from iar_jax.codebook.permutation import load_permutation
-    from iar_jax.data.images import mnist5k
+    from iar_jax.config.fields import defaults
+    from iar_jax.data.images import open_images
     from iar_jax.data.preprocessing import to_unit_range
     from iar_jax.models.tokenizer import load_tokenizer
     from iar_jax.runtime import sharding
 
     mesh = sharding.make_mesh(-1, 1, 1)
     model, params, _ = load_tokenizer(epath.Path(finished.path / "tokenizer"), mesh)
+    images = open_images(defaults("data"))
     permutation, _ = load_permutation(epath.Path(finished.path / "codebook" / "permutation.npz"))
-    images = jnp.asarray(to_unit_range(mnist5k(32, 0.1).val.images[:4]))
+    images = jnp.asarray(to_unit_range(np.stack([images.val[i]["image"] for i in range(4)])))
     codes = np.asarray(model.apply({"params": params}, images, method="encode"))
     plain = model.apply({"params": params}, jnp.asarray(codes), method="decode_codes")
     # The same through the rearranged ids and a codebook in the new order.
@@ -368,6 +370,77 @@ def test_images_are_reduced_and_written_one_by_one_on_request(finished, copy):
     np.testing.assert_array_equal(np.stack([np.asarray(Image.open(path)) for path in files]), images)
 
 
+def test_a_kind_of_generator_from_outside_trains_samples_and_is_scored(finished, tmp_path):
+    config, inputs = "tests/end_to_end/neighbour_kind.py", inputs_of(finished.path)
+    options = [*TINY, *inputs, "--config.training.num_steps=30"]
+    done = call("pipeline", tmp_path / "run", *options, config=config)
+    assert "grid of samples" in done.stdout
+    lines = [json.loads(line) for line in metrics_text(tmp_path / "run").splitlines()]
+    val = [line["val/token_loss"] for line in lines if "val/token_loss" in line]
+    assert val[-1] < val[0] < np.log(64)
+    (samples,) = (tmp_path / "run" / "samples").iterdir()
+    images = np.load(samples / "samples.npz")["arr_0"]
+    assert len(np.unique(images.reshape(20, -1), axis=0)) > 10
+    # Image i depends on (seed, i) alone; a mesh makes the same ones, to the decoder's rounding.
+    shutil.rmtree(samples)
+    mesh = ["--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.sampling.batch_size=4"]
+    call("sample", tmp_path / "run", *options, *mesh, config=config, devices=4)
+    assert np.abs(np.load(samples / "samples.npz")["arr_0"].astype(int) - images).max() <= 1
+    # Where the kind is not known, it is named with those that are.
+    refused = call("sample", tmp_path / "run", *TINY, *inputs, "--config.sampling.seed=1", check=False)
+    assert "train is of the kind 'neighbour'; known here are autoregressive" in refused.stderr
+    assert refused.returncode == 2
+
+
+def test_two_levels_of_clusters_are_a_value_in_the_config(finished, tmp_path):
+    levels = ["--config.codebook.cluster_sizes=(4,16)", "--config.training.cluster_weights=(1.0,0.5)"]
+    inputs = [f"--config.inputs.{name}={finished.path / name}" for name in ("tokenizer", "codes")]
+    options = [*TINY, *inputs, *levels]
+    call("pipeline", tmp_path / "run", *options)
+    with np.load(tmp_path / "run" / "codebook" / "permutation.npz") as file:
+        assert (int(file["cluster_size"]), file["coarser_sizes"].tolist()) == (4, [16])
+    lines = [json.loads(line) for line in metrics_text(tmp_path / "run").splitlines()]
+    for line in lines:
+        if "train/loss" in line:
+            total = line["train/token_loss"] + line["train/cluster_loss"] + 0.5 * line["train/cluster_loss_16"]
+            np.testing.assert_allclose(line["train/loss"], total, rtol=1e-5)
+            assert line["train/cluster_loss_16"] <= line["train/cluster_loss"]
+    assert {"val/cluster_loss_16", "val/cluster_accuracy_16"} <= lines[-1].keys()
+    # λ for each level of the codebook that is there.
+    one = call("train", tmp_path / "other", *TINY, *inputs, f"--config.inputs.codebook={tmp_path / 'run' / 'codebook'}",
+               check=False)  # fmt: skip
+    assert "the codebook has clusters of (4, 16): give one weight for each size" in one.stderr
+    assert one.returncode == 2
+
+
+def test_a_decay_branches_off_a_stable_run_with_its_optimizer(finished, tmp_path):
+    inputs = inputs_of(finished.path)
+    stable = [*TINY, *inputs, "--config.training.schedule=constant", "--config.training.keep_checkpoints=9"]
+    call("train", tmp_path / "stable", *stable)
+    # The same in one go: constant for 10 steps, then down to zero in 6.
+    decay = [
+        *("--config.training.schedule=wsd", "--config.training.num_steps=16", "--config.training.decay_steps=6"),
+        "--config.training.warmup_steps=5",
+    ]
+    warm = [*stable, "--config.training.warmup_steps=5"]
+    call("train", tmp_path / "warm", *warm)
+    call("train", tmp_path / "whole", *TINY, *inputs, *decay)
+    branch = [f"--config.inputs.transformer={tmp_path / 'warm' / 'train'}", "--config.inputs.step=10"]
+    output = call("train", tmp_path / "branch", *TINY, *inputs, *decay, *branch).stdout
+    assert "its checkpoint of step 10" in output
+    assert fingerprint(tmp_path / "branch" / "train") == fingerprint(tmp_path / "whole" / "train")
+    ours = [line for line in metrics_text(tmp_path / "branch").splitlines() if '"step": 1' in line]
+    assert ours == metrics_text(tmp_path / "whole").splitlines()[-len(ours) :]
+    assert len(ours) >= 4
+    for step, message in ((7, "has no checkpoint of step 7; there are [10, 20, 24]"), (24, "num_steps is 16")):
+        refused = call("train", tmp_path / f"not-{step}", *TINY, *inputs, *decay, branch[0],
+                       f"--config.inputs.step={step}", check=False)  # fmt: skip
+        assert message in refused.stderr
+        assert refused.returncode == 2
+    refused = call("train", tmp_path / "nothing", *TINY, *inputs, branch[1], check=False)
+    assert "config.inputs.step is set; it is a step of config.inputs.transformer, which is not" in refused.stderr
+
+
 def test_processes_refuse_a_wrong_mesh_together(finished, tmp_path):
     started = start_processes(2, 1, tmp_path / "run", *TINY, *inputs_of(finished.path), "--config.mesh.fsdp=3")
     output, _ = started.communicate(timeout=60)
@@ -401,8 +474,12 @@ def test_samples_do_not_depend_on_the_batch_or_the_devices(finished, copy):
     ("stage", "override", "message"),
     [
         ("train_tokenizer", "--config.tokenizer_training.learning_rate=0.1", "learning_rate was 0.004, now 0.1"),
-        ("train", "--config.training.cluster_weight=0.5", "config.training.cluster_weight was 1.0, now 0.5"),
-        ("rearrange_codebook", "--config.codebook.cluster_size=4", "config.codebook.cluster_size was 8, now 4"),
+        ("train", "--config.training.cluster_weights=(0.5,)", "config.training.cluster_weights was [1.0], now [0.5]"),
+        (
+            "rearrange_codebook",
+            "--config.codebook.cluster_sizes=(4,)",
+            "config.codebook.cluster_sizes was [8], now [4]",
+        ),
         ("extract_codes", "--config.codes.crops=shifts", "config.codes.crops was 'center', now 'shifts'"),
     ],
 )

@@ -6,24 +6,33 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from iar_jax.losses.cluster_cross_entropy import token_and_cluster_loss
-from iar_jax.losses.fused_head import fused_head_loss
 
+from iar_jax.losses.cluster_loss import cluster_loss, reference
 from iar_jax.runtime import sharding
 
-
-def plain_loss(hidden, head, targets, weight, cluster_size):
-    """The same from logits that are all there."""
-    losses = token_and_cluster_loss(hidden @ head, targets, cluster_size)
-    return jnp.mean(losses.token_loss) + weight * jnp.mean(losses.cluster_loss), losses
+LAMBDAS = (0.7, 0.4, 1.3)
 
 
-def problem(seed, batch=8, length=12, dim=16, num_clusters=8, cluster_size=4, scale=1.0):
+def levels_of(sizes, weights=LAMBDAS):
+    return list(zip(sizes, weights, strict=False))
+
+
+def plain_loss(hidden, head, targets, levels, shares=None):
+    """The same from logits that are all there; `shares` are what positions count in the mean."""
+    losses = reference(hidden @ head, targets, [size for size, _ in levels])
+    each = losses.token_loss + sum(w * found for (_, w), found in zip(levels, losses.cluster_losses, strict=True))
+    return (jnp.mean(each) if shares is None else jnp.sum(shares * each)), losses
+
+
+def problem(seed, batch=8, length=12, dim=16, vocab=32, scale=1.0):
     rng = np.random.default_rng(seed)
-    vocab = num_clusters * cluster_size
     hidden = jnp.asarray(rng.standard_normal((batch, length, dim)), jnp.float32)
     head = jnp.asarray(scale * rng.standard_normal((dim, vocab)), jnp.float32)
     return hidden, head, jnp.asarray(rng.integers(0, vocab, (batch, length)), jnp.int32)
+
+
+def through(loss, hidden, head):
+    return jax.value_and_grad(loss, (0, 1), has_aux=True)(hidden, head)
 
 
 def check(found, expected, scale=0.1):
@@ -35,32 +44,101 @@ def check(found, expected, scale=0.1):
     (loss, losses), grads = found
     (expected_loss, expected_losses), expected_grads = expected
     np.testing.assert_allclose(loss, expected_loss, rtol=2e-6)
-    for name, ours, theirs in zip(losses._fields, losses, expected_losses, strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-5 * max(1.0, 10 * scale), err_msg=name)
+    for ours, theirs in zip(jax.tree.leaves(losses), jax.tree.leaves(expected_losses), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5 * max(1.0, 10 * scale))
     for ours, theirs in zip(grads, expected_grads, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=3e-6 * max(1.0, scale) * np.abs(theirs).max())
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=30)
 @given(
-    st.integers(0, 1000), st.sampled_from([1, 2, 3, 12]), st.sampled_from([(8, 4), (1, 6), (6, 1), (3, 5)]),
-    st.floats(0.0, 2.0), st.sampled_from([0.1, 1.0, 30.0]),
-)  # fmt: skip
+    st.integers(0, 1000),
+    st.sampled_from([1, 2, 3, 12]),
+    st.sampled_from([((4,), 32), ((6,), 6), ((1,), 6), ((5,), 15), ((4, 16), 32), ((1, 2, 8), 16), ((2, 6), 6)]),
+    st.floats(0.0, 2.0),
+    st.sampled_from([0.1, 1.0, 30.0]),
+)
 def test_value_and_gradients_are_those_of_the_plain_form(seed, num_chunks, clusters, weight, scale):
     # At 30 most clusters are far below the float32 range of the highest logit's exponential.
-    hidden, head, targets = problem(seed, 2, 12, 16, *clusters, scale)
-    cluster_size = clusters[1]
-    fused = jax.value_and_grad(
-        lambda h, w: fused_head_loss(h, w, targets, weight, cluster_size, num_chunks), (0, 1), has_aux=True
+    sizes, vocab = clusters
+    hidden, head, targets = problem(seed, 2, 12, 16, vocab, scale)
+    levels = levels_of(sizes, (weight, *LAMBDAS))
+    fused = through(lambda h, w: cluster_loss(h, w, targets, levels, num_chunks=num_chunks), hidden, head)
+    check(fused, through(lambda h, w: plain_loss(h, w, targets, levels), hidden, head), scale)
+
+
+def float64_gradients(hidden, head, targets, levels, shares):
+    """The loss and its gradients by the formula of the module, in numpy's float64."""
+    hidden, head, targets, shares = (np.asarray(x, np.float64) for x in (hidden, head, targets, shares))
+    logits = hidden @ head
+    p = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    p /= p.sum(axis=-1, keepdims=True)
+    ids = np.arange(head.shape[1])
+    hit = ids == targets[..., None]
+    each, gradient = -np.log((p * hit).sum(axis=-1)), (1 + sum(w for _, w in levels)) * p - hit
+    for size, weight in levels:
+        inside = ids // size == targets[..., None] // size
+        own = (p * inside).sum(axis=-1, keepdims=True)
+        each -= weight * np.log(own[..., 0])
+        gradient -= weight * inside * p / own
+    gradient *= shares[..., None]
+    return (shares * each).sum(), gradient @ head.T, np.einsum("bld,blv->dv", hidden, gradient)
+
+
+@pytest.mark.parametrize("mean_of_rows", [False, True])
+@pytest.mark.parametrize("sizes", [(4,), (2, 8, 16)])
+def test_positions_count_as_they_are_weighted(mean_of_rows, sizes):
+    hidden, head, targets = problem(3, scale=0.3)
+    rng = np.random.default_rng(4)
+    weights = (rng.random(targets.shape) * (rng.random(targets.shape) < 0.5)).astype(np.float32)
+    weights[2] = 0.0  # a picture of which nothing counts
+    counted = jnp.asarray(weights)
+    total = weights.sum(axis=1, keepdims=True)
+    by_rows = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0) / len(weights)
+    shares = by_rows if mean_of_rows else weights / weights.sum()
+    levels = levels_of(sizes)
+
+    def loss(h, w):
+        return cluster_loss(h, w, targets, levels, position_weights=counted, mean_of_rows=mean_of_rows, num_chunks=3)
+
+    (found, _), grads = through(loss, hidden, head)
+    expected, *expected_grads = float64_gradients(hidden, head, targets, levels, shares)
+    np.testing.assert_allclose(found, expected, rtol=2e-6)
+    for ours, theirs in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=3e-6 * np.abs(theirs).max())
+    np.testing.assert_array_equal(grads[0][2], 0.0)
+    # Ones are as no weights at all.
+    ones = through(
+        lambda h, w: cluster_loss(h, w, targets, levels, position_weights=jnp.ones(targets.shape)), hidden, head
     )
-    plain = jax.value_and_grad(lambda h, w: plain_loss(h, w, targets, weight, cluster_size), (0, 1), has_aux=True)
-    check(fused(hidden, head), plain(hidden, head), scale)
+    check(ones, through(lambda h, w: cluster_loss(h, w, targets, levels), hidden, head))
+
+
+def test_where_nothing_counts_the_loss_is_zero():
+    hidden, head, targets = problem(0)
+    for mean_of_rows in (False, True):
+        (loss, _), grads = through(
+            lambda h, w, rows=mean_of_rows: cluster_loss(
+                h, w, targets, [(4, 1.0)], position_weights=jnp.zeros(targets.shape), mean_of_rows=rows
+            ),
+            hidden,
+            head,
+        )
+        assert loss == 0.0
+        assert all(np.all(np.asarray(g) == 0.0) for g in grads)
 
 
 @pytest.mark.parametrize("mesh_sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)])
-def test_every_mesh_gives_the_same(mesh_sizes):
+@pytest.mark.parametrize("weighted", [False, True])
+def test_every_mesh_gives_the_same(mesh_sizes, weighted):
+    # The coarsest level has 8 clusters: one for each device of the tensor axis.
     hidden, head, targets = problem(0)
-    step = jax.value_and_grad(lambda h, w: fused_head_loss(h, w, targets, 0.7, 4, 3), (0, 1), has_aux=True)
+    weights = jnp.asarray(np.random.default_rng(1).random(targets.shape), jnp.float32) if weighted else None
+    step = jax.value_and_grad(
+        lambda h, w: cluster_loss(h, w, targets, [(2, 0.7), (4, 0.4)], position_weights=weights, num_chunks=3),
+        (0, 1),
+        has_aux=True,
+    )
     alone = step(hidden, head)
     with sharding.use_mesh(sharding.make_mesh(*mesh_sizes)):
         check(jax.jit(step)(hidden, head), alone)
@@ -72,7 +150,9 @@ def test_with_the_vocabulary_split_only_sums_and_maxima_cross_its_axis():
     with sharding.use_mesh(mesh):
         by_vocab = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "tensor"))
         step = jax.jit(
-            jax.grad(lambda h, w: fused_head_loss(h, w, targets, 0.7, 4, 3), (0, 1), has_aux=True),
+            jax.grad(
+                lambda h, w: cluster_loss(h, w, targets, [(2, 0.7), (4, 0.2)], num_chunks=3), (0, 1), has_aux=True
+            ),
             in_shardings=(sharding.replicated(mesh), by_vocab),
             out_shardings=((sharding.replicated(mesh), by_vocab), None),
         )
@@ -84,16 +164,16 @@ def test_with_the_vocabulary_split_only_sums_and_maxima_cross_its_axis():
 def test_at_a_zero_head_ties_go_to_the_first_code_and_losses_to_the_logarithms():
     hidden, head, targets = problem(0)
     for mesh_sizes in (None, (1, 1, 8)):
-        run = jax.jit(lambda: fused_head_loss(hidden, 0.0 * head, targets, 1.0, 4, 2)[1])
+        run = jax.jit(lambda: cluster_loss(hidden, 0.0 * head, targets, [(4, 1.0)], num_chunks=2)[1])
         if mesh_sizes is None:
             losses = run()
         else:
             with sharding.use_mesh(sharding.make_mesh(*mesh_sizes)):
                 losses = run()
         np.testing.assert_allclose(losses.token_loss, np.log(32), rtol=1e-6)
-        np.testing.assert_allclose(losses.cluster_loss, np.log(8), rtol=1e-6)
+        np.testing.assert_allclose(losses.cluster_losses[0], np.log(8), rtol=1e-6)
         np.testing.assert_array_equal(losses.token_hit, targets == 0)
-        np.testing.assert_array_equal(losses.cluster_hit, targets // 4 == 0)
+        np.testing.assert_array_equal(losses.cluster_hits[0], targets // 4 == 0)
 
 
 def test_temporary_memory_is_an_eighth_of_the_plain_form_at_16384_codes():
@@ -107,16 +187,21 @@ def test_temporary_memory_is_an_eighth_of_the_plain_form_at_16384_codes():
 
         return jax.jit(step).lower(hidden, head, targets).compile().memory_analysis().temp_size_in_bytes
 
-    fused = temporaries(lambda h, w, y: fused_head_loss(h, w, y, 1.0, 128, 32))
-    plain = temporaries(lambda h, w, y: plain_loss(h, w, y, 1.0, 128))
+    fused = temporaries(lambda h, w, y: cluster_loss(h, w, y, [(128, 1.0)], num_chunks=32))
+    plain = temporaries(lambda h, w, y: plain_loss(h, w, y, [(128, 1.0)]))
     assert fused <= plain / 8
 
 
 @pytest.mark.parametrize(
-    ("cluster_size", "num_chunks", "message"),
-    [(5, 1, "cluster_size 5 does not divide the vocabulary of 32"), (4, 5, "num_chunks 5 does not divide the 12")],
+    ("sizes", "num_chunks", "message"),
+    [
+        ((5,), 1, "cluster_size 5 does not divide the vocabulary of 32"),
+        ((4, 6), 1, r"cluster sizes \(4, 6\) are not nested: 4 does not divide 6"),
+        ((4, 4), 1, "are not nested"),
+        ((4,), 5, "num_chunks 5 does not divide the 12"),
+    ],
 )
-def test_what_does_not_divide_is_refused(cluster_size, num_chunks, message):
+def test_what_does_not_divide_is_refused(sizes, num_chunks, message):
     hidden, head, targets = problem(0)
     with pytest.raises(ValueError, match=message):
-        fused_head_loss(hidden, head, targets, 1.0, cluster_size, num_chunks)
+        cluster_loss(hidden, head, targets, levels_of(sizes), num_chunks=num_chunks)

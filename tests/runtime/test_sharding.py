@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from iar_jax.generators.autoregressive.generator import Autoregressive
 from iar_jax.generators.autoregressive.transformer import Transformer
 from iar_jax.runtime import sharding
 from iar_jax.runtime.errors import UserError
@@ -33,7 +34,7 @@ def test_a_wrong_mesh_is_refused_with_the_arithmetic(sizes, message):
 
 def test_every_large_leaf_of_the_state_is_split_and_none_is_ever_whole_on_a_device():
     mesh = sharding.make_mesh(2, 2, 2)
-    model = Transformer(64, 10, 4, 32, 2, 4, 64)
+    model = Autoregressive(Transformer(64, 10, 4, 32, 2, 4, 64))
     optimizer = make_optimizer(1e-3, b1=0.9, b2=0.95, weight_decay=0.05, clip_norm=1.0)
     state, shardings = sharding.initialise_sharded(
         lambda key: init_train_state(key, model, optimizer), mesh, jax.random.key(0)
@@ -60,7 +61,7 @@ def test_every_large_leaf_of_the_state_is_split_and_none_is_ever_whole_on_a_devi
 
 
 def test_initial_values_do_not_depend_on_the_mesh():
-    model = Transformer(64, 10, 4, 32, 2, 4, 64)
+    model = Autoregressive(Transformer(64, 10, 4, 32, 2, 4, 64))
     optimizer = make_optimizer(1e-3, b1=0.9, b2=0.95, weight_decay=0.05, clip_norm=1.0)
     states = [
         sharding.initialise_sharded(

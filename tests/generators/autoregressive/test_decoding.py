@@ -18,7 +18,7 @@ from iar_jax.generators.autoregressive.decode_step import (
 )
 from iar_jax.generators.autoregressive.decoding import CONSTANT, _generate, generate, part_ends
 from iar_jax.interop.llamagen import load_transformer
-from tests.models.test_transformer import initial, small
+from tests.generators.autoregressive.test_transformer import initial, small
 
 
 @pytest.mark.parametrize(
