@@ -38,7 +38,7 @@ def machine_rates(dtype) -> tuple[float, float]:
 def batch_sizes(text: str) -> list[int]:
     sizes = text.split(",")
     if not all(size.isdecimal() and int(size) for size in sizes):
-        raise argparse.ArgumentTypeError(f"{text!r} are no positive numbers with commas between them, such as 8,32")
+        raise argparse.ArgumentTypeError(f"{text!r} are not positive numbers with commas between them, such as 8,32")
     return [int(size) for size in sizes]
 
 

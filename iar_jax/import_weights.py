@@ -88,7 +88,7 @@ def import_tokenizer(
     permutation (of ids as they are where there is no mapping).
 
     Raises:
-        UserError: the mapping is no permutation, or does not turn the one codebook into the other.
+        UserError: the mapping is not a permutation, or does not turn the one codebook into the other.
     """
     if reordered_path and not mapping_path:
         raise UserError("--reordered_tokenizer needs --mapping, which says where its codes come from")
@@ -164,7 +164,7 @@ def read_mapping(path: str, codebook_size: int) -> np.ndarray:
         mapping = next(iter(mapping.values()))
     if not isinstance(mapping, np.ndarray) or mapping.shape != (codebook_size,) or mapping.dtype.kind not in "iu":
         found = f"shape {mapping.shape}, {mapping.dtype}" if isinstance(mapping, np.ndarray) else type(mapping).__name__
-        raise UserError(f"{path} holds no mapping of {codebook_size} ids ({found})")
+        raise UserError(f"{path} does not hold a mapping of {codebook_size} ids ({found})")
     return mapping.astype(np.int32)
 
 

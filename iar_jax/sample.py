@@ -21,7 +21,7 @@ from iar_jax.data import image_grids, preprocessing
 from iar_jax.data.array_parts import ArrayParts, RowReader, npy_bytes
 from iar_jax.data.codes import read_permutation
 from iar_jax.data.labels import PROTOCOLS
-from iar_jax.generators.generator import Loaded, generator_at, load_generator
+from iar_jax.generators.generator import Loaded, load_generator, open_generator
 from iar_jax.generators.settings import SamplingSettings, samples_name
 from iar_jax.models.tokenizer import LoadedTokenizer, load_tokenizer
 from iar_jax.runtime import artifacts, distributed, lock, sharding
@@ -81,8 +81,7 @@ def open_inputs(section: Section, workdir: epath.Path, step: int) -> dict[str, A
         section: config.inputs.
     """
     inputs = artifacts.open_inputs(section, workdir, "tokenizer", "codebook")
-    directory = artifacts.locate(section, workdir, "transformer")
-    generator = Artifact(directory, generator_at(directory, step))
+    generator = open_generator(section, workdir, step)
     artifacts.check_made_from(generator, inputs)
     return inputs | {"transformer": generator}
 

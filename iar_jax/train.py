@@ -24,7 +24,7 @@ from iar_jax.config.relevance import relevant
 from iar_jax.data import loader
 from iar_jax.data.codes import CodeSource, FirstCrop, random_crop_codes, read_permutation
 from iar_jax.generators.code_layout import CodeLayout
-from iar_jax.generators.generator import Generator, build_generator, generator_at, load_generator
+from iar_jax.generators.generator import Generator, build_generator, load_generator, open_generator
 from iar_jax.generators.settings import Facts, Objective
 from iar_jax.runtime import artifacts, checkpoint, distributed, sharding
 from iar_jax.runtime.artifacts import Artifact
@@ -106,17 +106,18 @@ def open_inputs(section: Section, workdir: epath.Path) -> dict[str, Artifact]:
     """
     inputs = artifacts.open_inputs(section, workdir, "tokenizer", "codebook", "codes", "val_codes")
     if section["transformer"]:
-        directory = artifacts.locate(section, workdir, "transformer")
-        initial, codebook = Artifact(directory, generator_at(directory, section["step"])), inputs["codebook"]
+        initial, codebook = open_generator(section, workdir, section["step"]), inputs["codebook"]
         if initial.metadata.inputs["codebook"] != codebook.fingerprint:
             raise UserError(
-                f"{directory} was trained with another codebook ({initial.metadata.inputs['codebook'][:12]}) than "
+                f"{initial.directory} was trained with another codebook ({initial.metadata.inputs['codebook'][:12]}) than "
                 f"{codebook.directory} ({codebook.fingerprint[:12]}): its ids mean other codes (import_weights "
                 "--rearrange turns a file of weights with original ids into a transformer of rearranged ones)"
             )
         inputs["transformer"] = initial
     elif section["step"]:
-        raise UserError("config.inputs.step is set; it is a step of config.inputs.transformer, which is not")
+        raise UserError(
+            "config.inputs.step is set, and config.inputs.transformer is not; it names the run of that step"
+        )
     return inputs
 
 

@@ -17,7 +17,7 @@ from iar_jax.codebook.permutation import Permutation
 
 RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
-# Titles of the substitutions that are no rank.
+# Titles of the substitutions that are not a rank.
 OWN_CLUSTER, ANY_CODE = "random member of its cluster", "any code at random"
 
 
@@ -36,7 +36,7 @@ class Change(NamedTuple):
 
 
 class Substitution(NamedTuple):
-    """One way to replace all codes: its rank (0 where it is none), a title, the pictures and how far they are."""
+    """One way to replace all codes: its rank (0 where it has none), a title, the pictures and how far they are."""
 
     rank: int
     title: str

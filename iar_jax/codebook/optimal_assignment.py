@@ -7,8 +7,8 @@ This is a transport problem with a dual of one price per cluster. Three steps, a
 2. Repair. That assignment is optimal for the cluster sizes it happens to have. Each round moves units from overfull
    to underfull clusters along shortest paths in the graph of clusters, whose edge a -> b is the cheapest move of a
    member of a to b (successive shortest paths). Optimality is kept, so balanced sizes end at the optimum. The paths of
-   one round start at different overfull clusters of one shortest-path forest: they share no cluster, and all of their
-   edges are tight for the same potentials, so together they keep optimality as one does.
+   one round start at different overfull clusters of one shortest-path forest: they do not share a cluster, and all of
+   their edges are tight for the same potentials, so together they keep optimality as one does.
 3. Proof. Shortest-path potentials are dual prices; cost minus dual value bounds how far the optimum can be.
 """
 

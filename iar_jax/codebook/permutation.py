@@ -34,9 +34,9 @@ class Permutation:
         seen = np.zeros(size, bool)
         for old, new in enumerate(self.old_to_new.tolist()):
             if not 0 <= new < size:
-                raise ValueError(f"no permutation: code {old} goes to {new}, which is outside [0, {size})")
+                raise ValueError(f"not a permutation: code {old} goes to {new}, which is outside [0, {size})")
             if seen[new]:
-                raise ValueError(f"no permutation: code {old} goes to {new}, and so does a code before it")
+                raise ValueError(f"not a permutation: code {old} goes to {new}, and so does a code before it")
             seen[new] = True
         if self.cluster_size < 1 or size % self.cluster_size:
             raise ValueError(f"cluster_size {self.cluster_size} does not divide the codebook size {size}")
@@ -117,4 +117,4 @@ def load_permutation(path: Any) -> tuple[Permutation, str]:
                 str(content["codebook_fingerprint"]),
             )
     except (KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is no permutation file ({error})") from error
+        raise ValueError(f"{path} is not a permutation file ({error})") from error

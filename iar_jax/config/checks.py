@@ -88,8 +88,16 @@ def _divisors_near(number: int, wanted: int) -> str:
 
 def _check_together(config: ConfigDict) -> None:
     """What fields allow each other."""
-    codebook_size = config.tokenizer.codebook_size
-    _check_levels(config, codebook_size)
+    _check_levels(config, config.tokenizer.codebook_size)
+    _check_heads(config)
+    _check_resolution(config)
+    for name in ("tokenizer_training", "training"):
+        _check_run(name, config[name])
+    _check_training(config)
+    _check_sampling(config)
+
+
+def _check_heads(config: ConfigDict) -> None:
     dim, num_heads = config.model.dim, config.model.num_heads
     if dim % num_heads:
         raise UserError(
@@ -106,6 +114,14 @@ def _check_together(config: ConfigDict) -> None:
             f"config.model.dim {dim} over config.model.num_heads {num_heads} makes heads of {dim // num_heads}; the "
             "rotary embedding of rows and columns needs a multiple of 4"
         )
+    if config.model.scan_unroll > config.model.num_layers:
+        raise UserError(
+            f"config.model.scan_unroll is {config.model.scan_unroll}; allowed are 1 to config.model.num_layers "
+            f"({config.model.num_layers})"
+        )
+
+
+def _check_resolution(config: ConfigDict) -> None:
     if config.tokenizer.local_encoder and len(config.tokenizer.channel_multipliers) > 1:
         raise UserError(
             f"config.tokenizer.local_encoder is set, which goes with one level; "
@@ -134,19 +150,23 @@ def _check_together(config: ConfigDict) -> None:
             f"config.tokenizer_training.discriminator_layers is {training.discriminator_layers}, which needs pictures "
             f"of {smallest} pixels; config.data.resolution is {config.data.resolution}"
         )
-    for name in ("tokenizer_training", "training"):
-        section = config[name]
-        if section.decay_steps and section.warmup_steps + section.decay_steps > section.num_steps:
-            raise UserError(
-                f"config.{name}.warmup_steps ({section.warmup_steps}) and config.{name}.decay_steps "
-                f"({section.decay_steps}) are more than config.{name}.num_steps ({section.num_steps})"
-            )
-        if section.keep_best and section.checkpoint_every % section.eval_every:
-            raise UserError(
-                f"config.{name}.keep_best is {section.keep_best!r}, and checkpoints every {section.checkpoint_every} "
-                f"steps are not all validated, which happens every {section.eval_every}; make config.{name}."
-                f"checkpoint_every a multiple of config.{name}.eval_every"
-            )
+
+
+def _check_run(name: str, section: ConfigDict) -> None:
+    if section.decay_steps and section.warmup_steps + section.decay_steps > section.num_steps:
+        raise UserError(
+            f"config.{name}.warmup_steps ({section.warmup_steps}) and config.{name}.decay_steps "
+            f"({section.decay_steps}) are more than config.{name}.num_steps ({section.num_steps})"
+        )
+    if section.keep_best and section.checkpoint_every % section.eval_every:
+        raise UserError(
+            f"config.{name}.keep_best is {section.keep_best!r}, and checkpoints every {section.checkpoint_every} "
+            f"steps are not all validated, which happens every {section.eval_every}; make config.{name}."
+            f"checkpoint_every a multiple of config.{name}.eval_every"
+        )
+
+
+def _check_training(config: ConfigDict) -> None:
     if config.training.batch_size % config.training.accumulation:
         raise UserError(
             f"config.training.accumulation is {config.training.accumulation}, which does not divide "
@@ -158,11 +178,9 @@ def _check_together(config: ConfigDict) -> None:
             f"config.training.loss_chunks is {config.training.loss_chunks}, which does not divide the {positions} "
             f"positions of a picture; {_divisors_near(positions, config.training.loss_chunks)} would"
         )
-    if config.model.scan_unroll > config.model.num_layers:
-        raise UserError(
-            f"config.model.scan_unroll is {config.model.scan_unroll}; allowed are 1 to config.model.num_layers "
-            f"({config.model.num_layers})"
-        )
+
+
+def _check_sampling(config: ConfigDict) -> None:
     sampling = config.sampling
     if sampling.image_size > config.data.resolution:
         raise UserError(
@@ -174,6 +192,7 @@ def _check_together(config: ConfigDict) -> None:
             f"config.sampling.cfg_last is {sampling.cfg_last}; it must be above config.sampling.cfg_first "
             f"({sampling.cfg_first}), or 0 for the last code"
         )
+    codebook_size = config.tokenizer.codebook_size
     if sampling.top_k > codebook_size:
         raise UserError(f"config.sampling.top_k is {config.sampling.top_k}; the codebook has {codebook_size} codes")
 

@@ -103,7 +103,7 @@ def _parse(argv: list[str], reads: Sequence[str], needs_config: Callable[[], boo
             EXIT_USER_ERROR,
         )
     if len(rest) > 1:
-        _fail(f"{rest[1]!r} is no option; fields are set by --config.section.field=value", EXIT_USER_ERROR)
+        _fail(f"{rest[1]!r} is not an option; fields are set by --config.section.field=value", EXIT_USER_ERROR)
     return rest
 
 

@@ -328,7 +328,7 @@ SECTIONS: dict[str, Any] = {
             "classifier",
             "What distances are taken in: classifier, a small network trained on this data set, whose figures compare "
             "runs on it; inception, the ADM suite's network and figures.",
-            Choices("iar_jax.evaluate.scores:SCORERS"),
+            Choices("iar_jax.evaluate.scorers:SCORERS"),
         ),
         "inception_weights": Field("", "File; empty takes that in the cache directory, or fetches it.", Texts()),
         "reference": Field(

@@ -44,7 +44,7 @@ def unpack(content: bytes) -> CodeRecord:
     """Undoes `pack`.
 
     Raises:
-        ValueError: the bytes are no code record.
+        ValueError: the bytes are not a code record.
     """
     if len(content) < HEADER.size:
         raise ValueError(f"a code record has {len(content)} bytes, fewer than its header")
@@ -97,7 +97,7 @@ class RawRecords:
             )
         try:
             self.source = ArrayRecordDataSource(self.paths)
-        except Exception as error:  # of many kinds, for files that are no ArrayRecord any more
+        except Exception as error:  # of many kinds, for files that are not ArrayRecord any more
             raise UserError(f"{directory}: its code files cannot be read ({brief(error)}); {MAKE_AGAIN}") from error
 
     def __len__(self) -> int:

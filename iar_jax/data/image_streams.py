@@ -58,7 +58,7 @@ class FolderStream:
 
     def __init__(self, directory: epath.Path):
         if not directory.is_dir():
-            raise UserError(f"{directory} is no folder of pictures")
+            raise UserError(f"{directory} is not a folder of pictures")
         self.paths = sorted(path for path in directory.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
         if not self.paths:
             raise UserError(f"{directory}: no picture in it ({', '.join(IMAGE_SUFFIXES)})")

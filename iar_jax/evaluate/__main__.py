@@ -35,7 +35,7 @@ from iar_jax.config import command_line
 from iar_jax.data.image_streams import SourceStream
 from iar_jax.data.images import open_images
 from iar_jax.evaluate import code_substitution, files, reconstruction, scores, sweep, watch
-from iar_jax.generators.generator import generator_at
+from iar_jax.generators.generator import open_generator
 from iar_jax.generators.settings import samples_name
 from iar_jax.metrics import adm_suite
 from iar_jax.runtime import artifacts
@@ -99,7 +99,7 @@ def score(config: ConfigDict, workdir: epath.Path) -> dict[str, float | None]:
     if not options.reference:
         found = scores.run(config, workdir)["scores"][scores.SAMPLED]
         return {name: value for name, value in found.items() if name != "count"}
-    transformer = generator_at(artifacts.locate(config.inputs, workdir, "transformer"), config.sampling.step)
+    transformer = open_generator(config.inputs, workdir, config.sampling.step).metadata
     name = samples_name(config.sampling, transformer.figures["step"])
     artifacts.require(workdir / "samples" / name, "sample")
     network, kept = files.inception_network(weights_of(config)), workdir / "evaluation" / "features"

@@ -18,7 +18,7 @@ def inception_network(given: str) -> Network:
     """The network with the weights of a file, or of one in the cache directory, or fetched.
 
     Raises:
-        UserError: they are nowhere, or are no such weights.
+        UserError: they are not found, or are not such weights.
     """
     path = downloads.find(given, downloads.INCEPTION, "Inception weights")
     return Network(*inception.load(path), path.name, artifacts.sha256_of(path))

@@ -106,6 +106,16 @@ def generator_at(directory: epath.Path, step: int) -> artifacts.Metadata:
     return dataclasses.replace(found, fingerprint=fingerprint, figures=found.figures | {"step": step})
 
 
+def open_generator(section: Section, workdir: epath.Path, step: int) -> artifacts.Artifact:
+    """The generator that config.inputs names, or the workdir's own; see `generator_at`.
+
+    Args:
+        section: config.inputs.
+    """
+    directory = artifacts.locate(section, workdir, "transformer")
+    return artifacts.Artifact(directory, generator_at(directory, step))
+
+
 class Loaded(NamedTuple):
     """A generator with its averaged weights, sharded by the rules, and what is known of them."""
 

@@ -21,7 +21,7 @@ def read_constants(path: str | Path) -> dict[str, np.ndarray]:
     """The float32 constants of a graph, by the names of their nodes.
 
     Raises:
-        UserError: no such file, or one that is no graph.
+        UserError: no such file, or one that is not a graph.
     """
     path = Path(path)
     if not path.is_file():
@@ -34,7 +34,7 @@ def read_constants(path: str | Path) -> dict[str, np.ndarray]:
                 if value is not None:
                     constants[name] = value
     except (ValueError, IndexError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no TensorFlow graph, or damaged ({error})") from error
+        raise UserError(f"{path} is not a TensorFlow graph, or is damaged ({error})") from error
     return constants
 
 

@@ -24,7 +24,7 @@ StateDict = dict[str, np.ndarray]
 TRANSFORMER_KEYS = ("model", "module", "state_dict", "ema")
 TOKENIZER_KEYS = ("ema", "model", "module", "state_dict")
 
-# Tensors that are no weights.
+# Tensors that are not weights.
 BUFFERS = ("freqs_cis", "causal_mask")
 
 
@@ -41,7 +41,7 @@ def load_transformer(path: str | Path, *, num_heads: int, grid_size: int, **over
         The module and its parameters (numpy); `module.apply({"params": params}, labels, codes)` gives logits.
 
     Raises:
-        UserError: the file is no such transformer, or does not fit num_heads and grid_size; all tensors that are
+        UserError: the file is not such a transformer, or does not fit num_heads and grid_size; all tensors that are
             missing, unexpected or of another shape are named.
     """
     weights = read_state_dict(path, TRANSFORMER_KEYS)
@@ -177,7 +177,7 @@ def load_tokenizer(path: str | Path, **overrides: Any) -> tuple[VQModel, Any]:
         overrides: further fields of `VQModel`, say dtype.
 
     Raises:
-        UserError: the file is no such tokenizer.
+        UserError: the file is not such a tokenizer.
     """
     weights = read_state_dict(path, TOKENIZER_KEYS)
     for name, ndim in (
@@ -197,7 +197,7 @@ def load_tokenizer(path: str | Path, **overrides: Any) -> tuple[VQModel, Any]:
         _require(weights, path, f"encoder.conv_blocks.{i}.res.0.conv1.weight", 4, "LlamaGen tokenizer")
         widths.append(weights[f"encoder.conv_blocks.{i}.res.0.conv1.weight"].shape[0])
     if any(width % channels for width in widths):
-        raise UserError(f"{path}: the widths {widths} are no multiples of the first convolution's {channels}")
+        raise UserError(f"{path}: the widths {widths} are not multiples of the first convolution's {channels}")
     module = VQModel(
         **{
             "channels": channels,

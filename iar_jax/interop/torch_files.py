@@ -56,7 +56,7 @@ def read_torch_file(path: str | Path) -> Any:
     except UserError:
         raise
     except Exception as error:  # whatever a damaged file makes zipfile, pickle, numpy or safetensors raise
-        raise UserError(f"{path} is no readable PyTorch or safetensors file: {error}") from error
+        raise UserError(f"{path} cannot be read as a PyTorch or safetensors file: {error}") from error
 
 
 def named_tensor(weights: Any, name: str, shape: tuple[int, ...], source: str) -> np.ndarray:
@@ -189,10 +189,10 @@ def _read_legacy(path: Path) -> Any:
             try:
                 return _Unpickler(file, lambda *_: None).load()
             except pickle.UnpicklingError as error:
-                raise UserError(f"{path} is no readable PyTorch file ({what}: {error})") from error
+                raise UserError(f"{path} cannot be read as a PyTorch file ({what}: {error})") from error
 
         if plain("header") != LEGACY_MAGIC or plain("protocol") != LEGACY_PROTOCOL:
-            raise UserError(f"{path} is no PyTorch file: it does not begin as one")
+            raise UserError(f"{path} is not a PyTorch file: it does not begin as one")
         info = plain("system info")
         storages: dict[str, _LegacyStorage] = {}
 

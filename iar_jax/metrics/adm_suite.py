@@ -94,7 +94,7 @@ class Reference(NamedTuple):
 
 
 def open_images(path: epath.Path) -> RowReader:
-    """A file of images; refuses what is no uint8 [N, H, W, 3]."""
+    """A file of images; refuses what is not uint8 [N, H, W, 3]."""
     reader = RowReader(path)
     if len(reader.shape) != 4 or reader.shape[3] != 3 or reader.dtype != np.uint8:
         raise UserError(f"{path}: arr_0 is {reader.dtype} {list(reader.shape)}; images are uint8 [N, H, W, 3]")

@@ -36,7 +36,7 @@ def depth_to_space(patches: Float[Array, "B h w P"], patch_size: int) -> Float[A
 
 
 class GroupNormSwish(nn.Module):
-    """GroupNorm (32 groups, fewer where the width is no multiple of 32; eps 1e-6), then swish if asked for."""
+    """GroupNorm (32 groups, fewer where the width is not a multiple of 32; eps 1e-6), then swish if asked for."""
 
     swish: bool = True
     dtype: DTypeLike = jnp.float32

@@ -298,7 +298,7 @@ def check_room(directory: epath.Path, num_bytes: int) -> None:
 
 @contextlib.contextmanager
 def explained(what: str) -> Iterator[None]:
-    """Turns a failure of the file system, in whatever dress Orbax brings it, into a UserError."""
+    """Turns a failure of the file system into a UserError, whichever exception Orbax raises for it."""
     try:
         yield
     except Exception as error:

@@ -152,7 +152,7 @@ def in_use(path: epath.Path, holder: Holder) -> str:
 
 
 def read(path: epath.Path) -> Holder | None:
-    """Who holds a lock; None where there is none. A file that is no lock counts as none."""
+    """Who holds a lock; None where there is none. A file that is not a lock counts as none."""
     try:
         return Holder(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):

@@ -56,7 +56,7 @@ def mesh_of(devices: Sequence[Any], shape: tuple[int, int, int]) -> Mesh:
     Where devices belong to several slices (which a slower network binds together), only the data axis crosses them.
 
     Raises:
-        UserError: data is no multiple of the number of slices.
+        UserError: data is not a multiple of the number of slices.
     """
     num_slices = len({getattr(device, "slice_index", 0) for device in devices})
     options: dict[str, Any] = {"devices": devices, "allow_split_physical_axes": True}

@@ -34,7 +34,7 @@ def call(*arguments, workdir):
         (["--config.codebook.cluster_sizes=(100,)"], "config.codebook.cluster_sizes is (100,): 100 does not divide"),
         (["--config.codebook.cluster_size=16"], "cluster_size: no such field; did you mean 'cluster_sizes'?"),
         (["--nonsense=3"], "nonsense"),
-        (["stray"], "'stray' is no option"),
+        (["stray"], "'stray' is not an option"),
         ([], "tokenizer is not there; run python -m iar_jax.train_tokenizer first"),
     ],
 )

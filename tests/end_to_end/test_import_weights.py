@@ -216,7 +216,10 @@ def test_a_wrong_mapping_is_refused_with_the_first_offending_id(files, tmp_path,
             ],
             "config.model.num_layers is 3, and the file's model has 2",
         ),
-        (["--tokenizer={files}/vq.safetensors", "--mapping={files}/vq.safetensors"], "holds no mapping of 256 ids"),
+        (
+            ["--tokenizer={files}/vq.safetensors", "--mapping={files}/vq.safetensors"],
+            "does not hold a mapping of 256 ids",
+        ),
         (
             ["--tokenizer={files}/vq.safetensors", "--config.tokenizer.z_channels=64"],
             "config.tokenizer.z_channels is 64, and the file's tokenizer has 32; set --config.tokenizer.z_channels=32",

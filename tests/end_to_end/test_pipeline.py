@@ -348,7 +348,7 @@ def test_extracted_codes_are_held_against_their_images(copy, monkeypatch, capsys
 
 def test_images_are_reduced_and_written_one_by_one_on_request(finished, copy):
     (whole,) = (finished.path / "samples").iterdir()
-    # An interval of all codes is no schedule.
+    # An interval of all codes changes nothing.
     options = ["--config.sampling.image_size=16", "--config.sampling.cfg_schedule=interval"]
     call("sample", copy, *TINY, *options, "--config.sampling.write_pngs=True")
     (reduced,) = (copy / "samples").glob("*-interval0to0-16px")
@@ -438,7 +438,7 @@ def test_a_decay_branches_off_a_stable_run_with_its_optimizer(finished, tmp_path
         assert message in refused.stderr
         assert refused.returncode == 2
     refused = call("train", tmp_path / "nothing", *TINY, *inputs, branch[1], check=False)
-    assert "config.inputs.step is set; it is a step of config.inputs.transformer, which is not" in refused.stderr
+    assert "config.inputs.step is set, and config.inputs.transformer is not" in refused.stderr
 
 
 def test_processes_refuse_a_wrong_mesh_together(finished, tmp_path):

@@ -71,7 +71,7 @@ def test_other_files_are_refused_by_name(weights, tmp_path):
         inception.load(tmp_path / "nowhere.pth")
     content = random_inception.graph(weights)
     (tmp_path / "cut.pb").write_bytes(content[:-1000])
-    with pytest.raises(UserError, match=r"cut\.pb is no TensorFlow graph, or damaged"):
+    with pytest.raises(UserError, match=r"cut\.pb is not a TensorFlow graph, or is damaged"):
         inception.load(tmp_path / "cut.pb")
     (tmp_path / "text.pb").write_bytes(b"no graph at all")
     with pytest.raises(UserError, match=r"text\.pb"):

@@ -1,4 +1,4 @@
-"""If these fail, a loss that is no number is saved, passes unseen, or stops a run that may leave it out."""
+"""If these fail, a loss that is not a number is saved, passes unseen, or stops a run that may leave it out."""
 
 import json
 
