@@ -109,15 +109,14 @@ def open_inputs(section: Section, workdir: epath.Path) -> dict[str, Artifact]:
         initial, codebook = open_generator(section, workdir, section["step"]), inputs["codebook"]
         if initial.metadata.inputs["codebook"] != codebook.fingerprint:
             raise UserError(
-                f"{initial.directory} was trained with another codebook ({initial.metadata.inputs['codebook'][:12]}) than "
-                f"{codebook.directory} ({codebook.fingerprint[:12]}): its ids mean other codes (import_weights "
+                f"{initial.directory} was trained with another codebook "
+                f"({initial.metadata.inputs['codebook'][:12]}) than {codebook.directory} "
+                f"({codebook.fingerprint[:12]}): its ids mean other codes (import_weights "
                 "--rearrange turns a file of weights with original ids into a transformer of rearranged ones)"
             )
         inputs["transformer"] = initial
     elif section["step"]:
-        raise UserError(
-            "config.inputs.step is set, and config.inputs.transformer is not; it names the run of that step"
-        )
+        raise UserError("config.inputs.step is set, and config.inputs.transformer, the run of that step, is not")
     return inputs
 
 

@@ -44,7 +44,12 @@ def optimizer(schedules: str, **defaults: Any) -> dict[str, Field]:
             matters=SCHEDULED,
         ),
         "warmup_steps": Field(0, "Steps in which the rate rises from zero.", COUNT_OR_NONE),
-        "decay_steps": Field(0, "Steps of the schedule wsd in which the rate falls.", COUNT_OR_NONE, matters=SCHEDULED),
+        "decay_steps": Field(
+            0,
+            "Steps of the schedule wsd in which the rate falls; 0 is a tenth of them.",
+            COUNT_OR_NONE,
+            matters=SCHEDULED,
+        ),
         "b1": Field(0.9, "AdamW's decay of the mean gradient.", SHARE),
         "b2": Field(0.95, "AdamW's decay of the mean squared gradient.", SHARE),
         "weight_decay": Field(defaults["weight_decay"], "AdamW's, on matrices and larger arrays.", SHARE),

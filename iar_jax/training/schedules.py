@@ -7,13 +7,18 @@ import optax
 
 from iar_jax.runtime.section import Section
 
+
+def stable_then_down(peak: float, steps: int, decay: int) -> optax.Schedule:
+    """Constant, then linear down to zero in the last `decay` steps (with a warm-up: warm-up, stable, decay)."""
+    return optax.linear_schedule(peak, 0.0, decay, max(0, steps - decay))
+
+
 # config.training.schedule: (peak, steps after the warm-up, steps in which it may decay) -> what follows the warm-up.
 SCHEDULES: dict[str, Callable[[float, int, int], optax.Schedule]] = {
     "constant": lambda peak, steps, decay: optax.constant_schedule(peak),
     "cosine": lambda peak, steps, decay: optax.cosine_decay_schedule(peak, max(1, steps)),
     "linear": lambda peak, steps, decay: optax.linear_schedule(peak, 0.0, max(1, steps)),
-    # Warm-up, stable, decay.
-    "wsd": lambda peak, steps, decay: optax.linear_schedule(peak, 0.0, max(1, decay), max(0, steps - decay)),
+    "wsd": lambda peak, steps, decay: stable_then_down(peak, steps, decay or max(1, steps // 10)),
 }
 
 # config.training.cluster_weight_schedule: (first, last, steps) -> λ.

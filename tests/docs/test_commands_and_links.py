@@ -9,6 +9,7 @@ import pytest
 
 from iar_jax.config.checks import check_config, field_names
 from iar_jax.config.fields import default_config
+from iar_jax.generators import generator
 from tests.stages import ROOT
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -117,6 +118,12 @@ def check_overrides(config, overrides):
 def anchors(text):
     headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.fixture(autouse=True)
+def kinds_as_before(monkeypatch):
+    # A config may add a kind.
+    monkeypatch.setattr(generator, "KINDS", dict(generator.KINDS))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -218,7 +218,7 @@ def test_a_wrong_mapping_is_refused_with_the_first_offending_id(files, tmp_path,
         ),
         (
             ["--tokenizer={files}/vq.safetensors", "--mapping={files}/vq.safetensors"],
-            "does not hold a mapping of 256 ids",
+            "not hold a mapping of 256 ids",
         ),
         (
             ["--tokenizer={files}/vq.safetensors", "--config.tokenizer.z_channels=64"],

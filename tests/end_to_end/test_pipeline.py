@@ -438,7 +438,7 @@ def test_a_decay_branches_off_a_stable_run_with_its_optimizer(finished, tmp_path
         assert message in refused.stderr
         assert refused.returncode == 2
     refused = call("train", tmp_path / "nothing", *TINY, *inputs, branch[1], check=False)
-    assert "config.inputs.step is set, and config.inputs.transformer is not" in refused.stderr
+    assert "config.inputs.step is set, and config.inputs.transformer, the run of that step, is not" in refused.stderr
 
 
 def test_processes_refuse_a_wrong_mesh_together(finished, tmp_path):
