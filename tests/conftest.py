@@ -18,6 +18,19 @@ import pytest  # noqa: E402
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also the tests that are marked slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        skip = pytest.mark.skip(reason="slow: run with --slow, or bash tests/run.sh --all")
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(skip)
+
+
 GOLDEN = os.path.join(os.path.dirname(__file__), "golden")
 
 

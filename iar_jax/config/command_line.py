@@ -94,7 +94,7 @@ def _parse(argv: list[str], reads: Sequence[str], needs_config: Callable[[], boo
         if option == "config" and not os.path.isfile(path):
             _fail(f"--config={value}: there is no file {path!r}", EXIT_USER_ERROR)
     try:
-        rest = flags.FLAGS(argv)
+        rest = flags.FLAGS(last_overrides(argv))
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, UserError) as error:
         _fail(_explain(argv, error), EXIT_USER_ERROR)
     if needs_config() and (flags.FLAGS.config is None or not flags.FLAGS.workdir):
@@ -105,6 +105,16 @@ def _parse(argv: list[str], reads: Sequence[str], needs_config: Callable[[], boo
     if len(rest) > 1:
         _fail(f"{rest[1]!r} is not an option; fields are set by --config.section.field=value", EXIT_USER_ERROR)
     return rest
+
+
+def last_overrides(argv: list[str]) -> list[str]:
+    """Without overrides of a field that comes again later: ml_collections would put the tuples together."""
+    last = {argument.partition("=")[0]: place for place, argument in enumerate(argv) if "=" in argument}
+    return [
+        argument
+        for place, argument in enumerate(argv)
+        if not argument.lstrip("-").startswith("config.") or last.get(argument.partition("=")[0], place) == place
+    ]
 
 
 def _explain(argv: list[str], error: Exception) -> str:

@@ -24,7 +24,7 @@ class Difference(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class RelevantConfig:
-    """Sections of a config, as plain data that JSON gives back as it was.
+    """Sections of a config, as plain data.
 
     Attributes:
         content: by section; what metadata.json keeps.
@@ -44,13 +44,13 @@ class RelevantConfig:
             steps_done: training steps that the artifact has behind it; None is all of them.
         """
         fields: dict[str, Field] = dict(leaves(SECTIONS))
-        before = _filled(stored, json.loads(json.dumps(defaults())))
+        before, now = _filled(stored, _as_json(defaults())), _as_json(self.content)
         matter: list[Difference] = []
         rest: list[Difference] = []
-        for difference in _differing(before, self.content, ""):
+        for difference in _differing(before, now, ""):
             section = difference.field.partition(".")[0]
             field = fields.get(difference.field)
-            changes = field is None or field.changes_artifact(before[section], self.content[section], steps_done)
+            changes = field is None or field.changes_artifact(before[section], now[section], steps_done)
             (matter if changes else rest).append(difference)
         return matter, rest
 
@@ -59,7 +59,12 @@ def relevant(config: ConfigDict, names: Sequence[str]) -> RelevantConfig:
     """The named sections, or single fields."""
     chosen = {name: config[name] for name in names}
     plain = {name: value.to_dict() if isinstance(value, ConfigDict) else value for name, value in chosen.items()}
-    return RelevantConfig(json.loads(json.dumps(plain)))
+    return RelevantConfig(_as_json(plain))
+
+
+def _as_json(content: dict[str, Any]) -> dict[str, Any]:
+    """As JSON gives it back: lists in the place of tuples."""
+    return json.loads(json.dumps(content))
 
 
 def _filled(stored: Any, known: Any) -> Any:

@@ -52,6 +52,7 @@ def test_duplicate_codes_keep_their_own_places():
     st.integers(0, 100),
     st.sampled_from(["normal", "duplicates", "equal"]),
 )
+@pytest.mark.slow
 def test_a_path_keeps_clusters_together_and_is_no_shorter_than_the_tree(shape, seed, kind):
     num_clusters, size = shape
     rng = np.random.default_rng(seed)

@@ -73,6 +73,13 @@ def test_a_workdir_that_cannot_be_made_is_named(tmp_path):
     assert done.returncode == 2
 
 
+def test_of_two_overrides_of_a_field_the_last_one_holds(tmp_path):
+    both = ("--config.codebook.cluster_sizes=4", "--config.codebook.cluster_sizes=8", "--config.model.dim=64")
+    call("--config=configs/mnist.py", *both, "--config.model.dim=32", workdir=tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert (written["codebook"]["cluster_sizes"], written["model"]["dim"]) == ([8], 32)
+
+
 def test_help_lists_the_fields_that_a_stage_reads(tmp_path):
     done = call("--help", workdir=tmp_path)
     assert done.returncode == 0

@@ -92,6 +92,7 @@ def test_samples_of_imported_weights_are_those_of_the_files(files, imported):
     assert np.abs(found.astype(int) - to_uint8(expected)).max() <= 1  # float32 convolutions round at their will
 
 
+@pytest.mark.slow
 def test_a_transformer_of_original_ids_is_rearranged_without_training(files, tmp_path):
     weights = [f"--tokenizer={files / 'vq.safetensors'}", f"--transformer={files / 'gpt.safetensors'}"]
     importing(files, tmp_path / "plain", *weights)
@@ -108,6 +109,7 @@ def test_a_transformer_of_original_ids_is_rearranged_without_training(files, tmp
     assert (order != np.arange(256)).any()
 
 
+@pytest.mark.slow
 def test_imported_weights_are_fine_tuned_on_a_folder(imported, tmp_path):
     for name in "abcde":
         (tmp_path / "images" / name).mkdir(parents=True)
@@ -241,6 +243,7 @@ def test_a_second_import_does_not_overwrite_the_first(files, imported, tmp_path)
     assert done.returncode == 2
 
 
+@pytest.mark.slow
 def test_the_pipeline_goes_on_from_imported_weights(imported, tmp_path):
     shutil.copytree(imported, tmp_path / "run")
     for name in "abcde":

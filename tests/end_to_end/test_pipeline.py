@@ -142,6 +142,7 @@ def test_codes_are_replaced_and_what_that_does_is_told(copy):
     assert "data:image/png" in (copy / "code_distance" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_watch_scores_each_checkpoint_of_a_training_that_goes_on(finished, copy):
     shutil.rmtree(copy / "train")
     options = [*TINY, "--config.training.checkpoint_every=6"]
@@ -168,6 +169,7 @@ def test_a_watch_scores_each_checkpoint_of_a_training_that_goes_on(finished, cop
     assert "2 checkpoints scored before" in call("evaluate", copy, *options, "--watch").stdout or len(steps) > 2
 
 
+@pytest.mark.slow
 def test_a_sweep_samples_and_scores_every_value(copy):
     done = call("evaluate", copy, *TINY, "--sweep=cfg_scale=1:1.5:0.25")
     found = json.loads((copy / "evaluation" / "sweep-cfg_scale.json").read_text())
@@ -223,6 +225,7 @@ def test_a_run_that_was_interrupted_ends_as_the_one_that_was_not(finished, copy)
     assert fingerprint(copy / "train") == fingerprint(finished.path / "train")
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_and_a_stopped_run_goes_on_with_one(finished, tmp_path):
     mesh = [
         "--config.mesh.data=1",
@@ -279,6 +282,7 @@ def test_a_slurm_job_that_is_requeued_goes_on(finished, tmp_path):
     assert_same_metrics(tmp_path / "run", tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_when_one_process_is_killed_none_of_them_hangs(finished, tmp_path):
     started = start_processes(
         2, 1, tmp_path / "run", *TINY, *inputs_of(finished.path), "--config.training.num_steps=100000"
@@ -291,6 +295,7 @@ def test_when_one_process_is_killed_none_of_them_hangs(finished, tmp_path):
     assert started.returncode != 0
 
 
+@pytest.mark.slow
 def test_two_processes_extract_and_sample_as_one(finished, tmp_path):
     inputs = [f"--config.inputs.{name}={finished.path / name}" for name in ("tokenizer", "codebook")]
     inputs.append(f"--config.inputs.transformer={finished.path / 'train'}")
@@ -413,10 +418,10 @@ def test_two_levels_of_clusters_are_a_value_in_the_config(finished, tmp_path):
     assert one.returncode == 2
 
 
+@pytest.mark.slow
 def test_a_decay_branches_off_a_stable_run_with_its_optimizer(finished, tmp_path):
     inputs = inputs_of(finished.path)
     stable = [*TINY, *inputs, "--config.training.schedule=constant", "--config.training.keep_checkpoints=9"]
-    call("train", tmp_path / "stable", *stable)
     # The same in one go: constant for 10 steps, then down to zero in 6.
     decay = [
         *("--config.training.schedule=wsd", "--config.training.num_steps=16", "--config.training.decay_steps=6"),
@@ -510,6 +515,7 @@ def test_one_extraction_serves_another_run(finished, tmp_path):
     assert json.loads((tmp_path / "second" / "train" / "metadata.json").read_text())["finished"]
 
 
+@pytest.mark.slow
 def test_a_folder_of_pictures_of_all_kinds_goes_through_the_pipeline_on_a_mesh(tmp_path, golden):
     save_file(random_inception.state_dict(golden("inception_shapes.json")), tmp_path / "inception.safetensors")
     rng = np.random.default_rng(0)

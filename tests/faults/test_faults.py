@@ -34,6 +34,7 @@ def test_a_flipped_bit_in_the_latest_checkpoint(reference, tmp_path):
     assert_survived(faults.damaged_checkpoint(reference, tmp_path / "run", random.Random(0), "state", "flip"))
 
 
+@pytest.mark.slow
 def test_flipped_bits_in_records_and_samples(reference, tmp_path):
     assert_survived(faults.damaged_records(reference, tmp_path / "records", random.Random(1), "flip"))
     assert_survived(faults.damaged_samples(reference, tmp_path / "samples", random.Random(2), "flip"))

@@ -157,6 +157,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(files, tmp_path, monkeypatch):
     assert len(list(directory.iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_a_set_against_itself_and_images_in_place_of_statistics(files, tmp_path, monkeypatch):
     network, asked = fake_network(monkeypatch)
     samples, other = (epath.Path(files) / f"{name}.npz" for name in ("samples", "other"))
