@@ -28,6 +28,7 @@ from iar_jax.config.relevance import relevant
 from iar_jax.data import code_statistics, codes, image_grids, preprocessing
 from iar_jax.data.image_source import ImageSource
 from iar_jax.data.images import ImageDataset, open_images
+from iar_jax.generators.code_layout import CodeLayout
 from iar_jax.models.tokenizer import LoadedTokenizer, load_tokenizer
 from iar_jax.runtime import artifacts, distributed, lock, sharding
 from iar_jax.runtime.errors import UserError
@@ -102,6 +103,7 @@ def extract_splits(
         figures = {
             "num_images": len(source),
             "class_names": list(images.class_names),
+            "layout": list(model.code_sides(config.data.resolution)),
             "seconds": time.monotonic() - start,
             **pace.figures(),
         }
@@ -250,12 +252,14 @@ class Stored(NamedTuple):
 
     Attributes:
         records: all of the split.
-        grids: codes [n, h, w] of a view of each of some images.
+        layout: how an image's codes lie in it.
+        codes: [n, L], of a view of each of some images.
         originals: those views, in [-1, 1].
     """
 
     records: codes.RawRecords
-    grids: np.ndarray
+    layout: CodeLayout
+    codes: np.ndarray
     originals: np.ndarray
 
 
@@ -294,8 +298,11 @@ def stored_codes(
             raise UserError(f"{directory}: record {index} has {len(record.codes)} crops, not {len(crops)}")
         found.append(record.codes[view])
         originals.append(preprocessing.to_unit_range(crops[view]))
-    side = round(len(found[0]) ** 0.5)
-    return Stored(records, np.stack(found).reshape(-1, side, side), np.stack(originals))
+    try:
+        layout = CodeLayout.recorded(artifact.metadata.figures.get("layout"), len(found[0]))
+    except ValueError as error:
+        raise UserError(f"{directory}: {error}") from error
+    return Stored(records, layout, np.stack(found), np.stack(originals))
 
 
 @dataclasses.dataclass
@@ -334,20 +341,21 @@ def compared(stored: Stored, tokenizer: LoadedTokenizer) -> Comparison:
     """Encodes the views again and decodes the records."""
     model, params, _ = tokenizer
     fresh = np.asarray(model.apply({"params": params}, stored.originals, method="encode"))
-    decoded = np.asarray(model.apply({"params": params}, stored.grids, method="decode_codes"))
+    decoded = np.asarray(model.apply({"params": params}, stored.codes, method="decode_positions"))
     errors = np.square(decoded[:, None] - stored.originals[None]).mean(axis=(2, 3, 4))
     some = np.linspace(0, len(stored.records) - 1, min(len(stored.records), COUNTED)).round().astype(int)
-    grids = np.concatenate([stored.records[i].codes for i in some.tolist()]).reshape(-1, *stored.grids.shape[1:])
+    many = np.concatenate([stored.records[i].codes for i in some.tolist()])
+    grids = stored.layout.squares(many)[-1]
     size = model.codebook_size
     return Comparison(
         num_records=len(stored.records),
         num_compared=len(stored.originals),
         num_counted=len(some),
         decoded=decoded,
-        agreement=float(np.mean(fresh == stored.grids)),
+        agreement=float(np.mean(fresh.reshape(stored.codes.shape) == stored.codes)),
         recognised=float(np.mean(errors.argmin(axis=1) == np.arange(len(errors)))),
         psnr=float(np.mean(10 * np.log10(4 / np.maximum(np.diag(errors), 1e-12)))),
-        usage=np.bincount(grids.ravel(), minlength=size),
+        usage=np.bincount(many.ravel(), minlength=size),
         information=(
             code_statistics.neighbour_information(grids, size, 0, 1),
             code_statistics.neighbour_information(grids, size, 1, 0),

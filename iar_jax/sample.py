@@ -106,8 +106,7 @@ def image_maker(
 
     @jax.jit
     def decode(params, codes):
-        (square,) = generator.layout.squares(original_ids[codes])
-        images = tokenizer.model.apply({"params": params}, square, method="decode_codes")
+        images = tokenizer.model.apply({"params": params}, original_ids[codes], method="decode_positions")
         return preprocessing.reduced(images, section.image_size) if section.image_size else images
 
     def images_at(indices: np.ndarray) -> np.ndarray:

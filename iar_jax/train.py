@@ -136,7 +136,7 @@ def open_codes(inputs: Mapping[str, Artifact]) -> Codes:
     train = CodeSource(directory, permutation, num_classes)
     val = FirstCrop(CodeSource(inputs["val_codes"].directory, permutation, num_classes))
     try:
-        layout = CodeLayout.of_length(train[0]["codes"].shape[1])
+        layout = CodeLayout.recorded(inputs["codes"].metadata.figures.get("layout"), train[0]["codes"].shape[1])
     except ValueError as error:
         raise UserError(f"{directory}: {error}") from error
     return Codes(train, val, Facts(len(permutation.old_to_new), num_classes, layout), permutation.cluster_sizes)

@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
+import numpy as np
 from jaxtyping import Array, Int
 
 
@@ -40,12 +42,24 @@ class CodeLayout:
             raise ValueError(f"{length} codes are not a square")
         return cls.square(side)
 
+    @classmethod
+    def recorded(cls, sides: Sequence[int] | None, length: int) -> "CodeLayout":
+        """The layout that the metadata of codes has, which is one square where they are from before it was kept.
+
+        Raises:
+            ValueError: it has another number of positions than the codes.
+        """
+        found = cls(tuple(sides)) if sides else cls.of_length(length)
+        if found.length != length:
+            raise ValueError(f"its metadata.json says squares of {found.sides}, and an image has {length} codes")
+        return found
+
     @property
     def length(self) -> int:
         """L, the number of positions."""
         return sum(side**2 for side in self.sides)
 
-    def squares(self, codes: Int[Array, "B L"]) -> list[Int[Array, "B side side"]]:
+    def squares(self, codes: Int[Array | np.ndarray, "B L"]) -> list[Int[Array | np.ndarray, "B side side"]]:
         """The codes of each square."""
         found, start = [], 0
         for side in self.sides:

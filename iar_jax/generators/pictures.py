@@ -45,6 +45,5 @@ def sample_pictures(
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), jnp.arange(len(labels)))
     codes = generator.sample(params, jnp.array(labels), keys, SamplingSettings(cfg_scale=cfg_scale, **settings))
     vq, vq_params = tokenizer
-    (square,) = generator.layout.squares(codes)
-    pixels = preprocessing.to_uint8(vq.apply({"params": vq_params}, square, method="decode_codes"))
+    pixels = preprocessing.to_uint8(vq.apply({"params": vq_params}, codes, method="decode_positions"))
     return [Image.fromarray(image) for image in pixels]

@@ -225,6 +225,15 @@ class VQModel(nn.Module):
         """Codes [B, h, w] of images."""
         return self.quantizer(self.features(images)).codes
 
+    def code_sides(self, resolution: int) -> tuple[int, ...]:
+        """Sides of the squares of codes that an image of a resolution becomes: one."""
+        return (resolution // self.downsampling,)
+
+    def decode_positions(self, codes: Int[Array | np.ndarray, "B L"]) -> Float[Array, "B H W 3"]:
+        """Images of the codes of all positions, in the order in which `encode` has them; as `decode_codes`."""
+        side = math.isqrt(codes.shape[1])
+        return self.decode_codes(codes.reshape(-1, side, side))
+
     def decode_codes(self, codes: Int[Array | np.ndarray, "B h w"]) -> Float[Array, "B H W 3"]:
         """Images of codes; float32, not clipped."""
         return self.decode(self.quantizer.lookup(codes))

@@ -20,5 +20,8 @@ def test_a_length_makes_one_square_or_none():
     assert CodeLayout.of_length(256) == CodeLayout.square(16)
     with pytest.raises(ValueError, match="250 codes are not a square"):
         CodeLayout.of_length(250)
+    assert CodeLayout.recorded(None, 256) == CodeLayout.recorded([16], 256) == CodeLayout.square(16)
+    with pytest.raises(ValueError, match=r"says squares of \(1, 2\), and an image has 16 codes"):
+        CodeLayout.recorded([1, 2], 16)
     with pytest.raises(ValueError, match="has no positions"):
         CodeLayout(())
