@@ -345,7 +345,7 @@ def compared(stored: Stored, tokenizer: LoadedTokenizer) -> Comparison:
     errors = np.square(decoded[:, None] - stored.originals[None]).mean(axis=(2, 3, 4))
     some = np.linspace(0, len(stored.records) - 1, min(len(stored.records), COUNTED)).round().astype(int)
     many = np.concatenate([stored.records[i].codes for i in some.tolist()])
-    grids = stored.layout.squares(many)[-1]
+    grids = np.asarray(stored.layout.squares(many)[-1])
     size = model.codebook_size
     return Comparison(
         num_records=len(stored.records),

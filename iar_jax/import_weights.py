@@ -24,10 +24,9 @@ from iar_jax.config import command_line
 from iar_jax.config.checks import grid_size
 from iar_jax.config.relevance import RelevantConfig, relevant
 from iar_jax.data.codes import permutation_fingerprint, read_permutation
-from iar_jax.generators.autoregressive.generator import Autoregressive
-from iar_jax.generators.autoregressive.sizes import size_named
-from iar_jax.generators.autoregressive.transformer import swiglu_hidden_dim
+from iar_jax.generators.code_layout import CodeLayout
 from iar_jax.generators.generator import load_generator
+from iar_jax.generators.settings import Facts
 from iar_jax.interop import llamagen
 from iar_jax.interop.torch_files import read_torch_file
 from iar_jax.models.tokenizer import load_tokenizer
@@ -37,6 +36,11 @@ from iar_jax.runtime.errors import UserError
 from iar_jax.runtime.progress import say
 
 READS = ("seed", "inputs", "mesh", "data", "tokenizer", "codebook", "model")
+
+
+# Weights of each kind of generator: (file, config.model, facts) -> generator and parameters; (parameters, file).
+READERS = {"autoregressive": llamagen.read_generator}
+WRITERS = {"autoregressive": llamagen.save_transformer}
 
 
 def define_flags() -> None:
@@ -191,19 +195,10 @@ def import_transformer(
 ) -> None:
     """Writes workdir/train; the model in the file must be the config's. A permutation converts it to rearranged ids."""
     directory = workdir / "train"
-    module, params = llamagen.load_transformer(path, num_heads=config.model.num_heads, grid_size=grid_size(config))
-    wanted = {
-        "config.model.dim": (config.model.dim, module.dim),
-        "config.model.num_layers": (config.model.num_layers, module.num_layers),
-        "config.model.hidden_dim": (config.model.hidden_dim or swiglu_hidden_dim(config.model.dim), module.hidden_dim),
-        "the tokenizer's codebook_size": (tokenizer.config["tokenizer"]["codebook_size"], module.vocab_size),
-    }
-    for field, (ours, theirs) in wanted.items():
-        if ours != theirs:
-            name = size_named(module.num_layers, module.dim)
-            hint = f"it looks like LlamaGen's {name}" if name else "give the config of that model"
-            raise UserError(f"{path}: {field} is {ours}, and the file's model has {theirs}; {hint}")
-    generator = Autoregressive(module)
+    layout = CodeLayout.square(grid_size(config))
+    # The number of classes is the file's.
+    facts = Facts(tokenizer.config["tokenizer"]["codebook_size"], 0, layout)
+    generator, params = READERS[config.model.kind](path, config.model, facts)
     if converted_by:
         params = generator.with_vocabulary(params, converted_by.new_to_old)
     codebook = artifacts.require(workdir / "codebook", "rearrange_codebook")
@@ -236,8 +231,9 @@ def save_artifact(
 def export_transformer(config: ConfigDict, workdir: epath.Path, path: str) -> None:
     """Writes a transformer as LlamaGen's own code loads it. One of ours predicts rearranged ids: it goes with the
     rearranged tokenizer."""
-    directory = artifacts.locate(config.inputs, workdir, "transformer")
-    llamagen.save_transformer(jax.device_get(load_generator(directory, sharding.make_mesh(**config.mesh)).params), path)
+    directory = generator_directory(config.inputs, workdir)
+    loaded = load_generator(directory, sharding.make_mesh(**config.mesh))
+    WRITERS[loaded.metadata.config["model"].get("kind", config.model.kind)](jax.device_get(loaded.params), path)
 
 
 def export_tokenizer(config: ConfigDict, workdir: epath.Path, path: str) -> None:

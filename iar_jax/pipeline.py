@@ -19,7 +19,8 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         rearrange_codebook.run(config, workdir)
     if not config.inputs.codes:
         extract_codes.run(config, workdir)
-    if not config.inputs.transformer:
+    # With a step, the transformer is what training branches off.
+    if not config.inputs.transformer or config.inputs.step:
         train.run(config, workdir)
     sample.run(config, workdir)
     evaluate.run(config, workdir)

@@ -24,7 +24,7 @@ from iar_jax.config.relevance import relevant
 from iar_jax.data import loader
 from iar_jax.data.codes import CodeSource, FirstCrop, random_crop_codes, read_permutation
 from iar_jax.generators.code_layout import CodeLayout
-from iar_jax.generators.generator import Generator, build_generator, load_generator, open_generator
+from iar_jax.generators.generator import Generator, build_generator, generator_at, load_generator
 from iar_jax.generators.settings import Facts, Objective
 from iar_jax.runtime import artifacts, checkpoint, distributed, sharding
 from iar_jax.runtime.artifacts import Artifact
@@ -106,7 +106,7 @@ def open_inputs(section: Section, workdir: epath.Path) -> dict[str, Artifact]:
     """
     inputs = artifacts.open_inputs(section, workdir, "tokenizer", "codebook", "codes", "val_codes")
     if section["transformer"]:
-        initial, codebook = open_generator(section, workdir, section["step"]), inputs["codebook"]
+        initial, codebook = open_initial(section, workdir), inputs["codebook"]
         if initial.metadata.inputs["codebook"] != codebook.fingerprint:
             raise UserError(
                 f"{initial.directory} was trained with another codebook "
@@ -118,6 +118,25 @@ def open_inputs(section: Section, workdir: epath.Path) -> dict[str, Artifact]:
     elif section["step"]:
         raise UserError("config.inputs.step is set, and config.inputs.transformer, the run of that step, is not")
     return inputs
+
+
+def open_initial(section: Section, workdir: epath.Path) -> Artifact:
+    """What training starts from: config.inputs.transformer, at a checkpoint where config.inputs.step asks for one.
+
+    A run that has begun needs that checkpoint no more, which may be gone by now.
+    """
+    directory, step = artifacts.locate(section, workdir, "transformer"), section["step"]
+    begun, source = artifacts.read_metadata(workdir / "train"), artifacts.read_metadata(directory)
+    gone = step and step not in checkpoint.steps_in(directory / "checkpoints")
+    if (
+        gone
+        and begun
+        and source
+        and "transformer" in begun.inputs
+        and checkpoint.steps_in(workdir / "train/checkpoints")
+    ):
+        return Artifact(directory, dataclasses.replace(source, fingerprint=begun.inputs["transformer"]))
+    return Artifact(directory, generator_at(directory, step))
 
 
 class Codes(NamedTuple):
@@ -206,11 +225,12 @@ def validate(eval_step, params, source: FirstCrop, mesh: Mesh, batch_size: int) 
 
 
 def summary(figures: Mapping[str, float]) -> str:
-    """The figures of the validation, in a line."""
-    return (
-        f"token loss {figures['token_loss']:.3f}, cluster loss {figures['cluster_loss']:.3f}, token accuracy "
-        f"{figures['token_accuracy']:.1%}, cluster accuracy {figures['cluster_accuracy']:.1%}"
-    )
+    """The figures of the validation, of each level of clusters, in a line."""
+    losses = [name for name in figures if "_loss" in name]
+    accuracies = [name for name in figures if "_accuracy" in name]
+    said = [f"{name.replace('_', ' ')} {figures[name]:.3f}" for name in losses]
+    said += [f"{name.replace('_', ' ')} {figures[name]:.1%}" for name in accuracies]
+    return ", ".join(said)
 
 
 if __name__ == "__main__":

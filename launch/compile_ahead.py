@@ -40,7 +40,6 @@ from launch.compiled_cost import collective_traffic, step_bound
 
 config_flags.DEFINE_config_file("config", None, "Path of the config, with its argument after a colon.")
 flags.DEFINE_string("topology", None, "CHIP:SHAPE, as v5e:16x16, v5p:4x4x4 or h100:8 (h100:2x8 is two nodes).")
-flags.DEFINE_enum("stage", "train", ("train", "train_tokenizer"), "Whose train step.")
 flags.DEFINE_string("json", None, "File to write the figures to.")
 flags.DEFINE_integer("num_classes", 1000, "Classes of the data set.")
 
@@ -77,7 +76,7 @@ def main(_) -> None:
 
 def compile_and_measure(config: ConfigDict, topology: str, stage: str, num_classes: int) -> dict:
     """All figures of a stage's train step on a topology, as plain data."""
-    chip, devices, platform = devices_of(topology)
+    chip, devices = devices_of(topology)
     shape = sharding.mesh_shape(**config.mesh, num_devices=len(devices))
     mesh = sharding.mesh_of(devices, shape)
     start = time.monotonic()
@@ -94,9 +93,8 @@ def compile_and_measure(config: ConfigDict, topology: str, stage: str, num_class
         )
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
         try:
-            lowered = jitted.trace(state, *batch).lower(lowering_platforms=(platform,))
-            # Triton's products are chosen by trying them, for which there is no GPU.
-            compiled = lowered.compile({"xla_gpu_enable_triton_gemm": False} if platform == "cuda" else None)
+            lowered = jitted.trace(state, *batch).lower(lowering_platforms=(chip.platform,))
+            compiled = lowered.compile(PLATFORMS[chip.platform].options)
         except jax.errors.JaxRuntimeError as error:
             reason = str(error).splitlines()[0][:400]
             # The compiler gives up where a program cannot be placed in memory at all.
@@ -202,10 +200,43 @@ def tokenizer_recipe(config: ConfigDict, mesh: Mesh, num_classes: int) -> Recipe
 
 # --stage.
 RECIPES = {"train": generator_recipe, "train_tokenizer": tokenizer_recipe}
+flags.DEFINE_enum("stage", "train", tuple(RECIPES), "Whose train step.")
 
 
-def devices_of(topology: str) -> tuple[Chip, list, str]:
-    """The chip, the devices and the platform of a topology.
+def tpu_devices(topology: str) -> list[Any]:
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+
+
+def gpu_devices(topology: str) -> list[Any]:
+    sizes = [int(part) for part in topology.partition(":")[2].split("x")]
+    nodes, gpus = sizes if len(sizes) == 2 else (1, math.prod(sizes))
+    found = topologies.get_topology_desc(
+        platform="cuda", topology_name="h100", target_config=H100, topology=f"1x{nodes}x{gpus}"
+    )
+    return list(found.devices)
+
+
+class Platform(NamedTuple):
+    """A maker's compiler: the devices of a topology, options of a compilation, and what to install."""
+
+    devices: Callable[[str], list[Any]]
+    options: dict[str, Any] | None
+    needed: str
+
+
+PLATFORMS = {
+    "tpu": Platform(tpu_devices, None, "pip install 'jax[tpu]==0.10.2'"),
+    "cuda": Platform(
+        gpu_devices,
+        # Triton's products are chosen by trying them, for which there is no GPU.
+        {"xla_gpu_enable_triton_gemm": False},
+        "pip install --no-deps jax-cuda12-plugin==0.10.2 jax-cuda12-pjrt==0.10.2",
+    ),
+}
+
+
+def devices_of(topology: str) -> tuple[Chip, list]:
+    """The chip and the devices of a topology.
 
     Raises:
         UserError: an unknown chip or shape, or its compiler is not installed.
@@ -213,24 +244,12 @@ def devices_of(topology: str) -> tuple[Chip, list, str]:
     name, _, shape = topology.partition(":")
     if name not in CHIPS or not all(part.isdigit() for part in shape.split("x")):
         raise UserError(f"--topology={topology}: allowed are CHIP:SHAPE with a chip of {', '.join(CHIPS)}")
+    platform = PLATFORMS[CHIPS[name].platform]
     try:
-        if name == "h100":
-            sizes = [int(part) for part in shape.split("x")]
-            nodes, gpus = sizes if len(sizes) == 2 else (1, math.prod(sizes))
-            found = topologies.get_topology_desc(
-                platform="cuda", topology_name="h100", target_config=H100, topology=f"1x{nodes}x{gpus}"
-            )
-            return CHIPS[name], list(found.devices), "cuda"
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-        return CHIPS[name], list(found.devices), "tpu"
+        return CHIPS[name], platform.devices(topology)
     except (RuntimeError, NotImplementedError, ValueError, ImportError, AssertionError) as error:
         reason = " ".join(str(error).split())[:300]
-        needed = (
-            "pip install --no-deps jax-cuda12-plugin==0.10.2 jax-cuda12-pjrt==0.10.2"
-            if name == "h100"
-            else "pip install 'jax[tpu]==0.10.2'"
-        )
-        raise UserError(f"--topology={topology}: no compiler for it ({reason}); try {needed}") from error
+        raise UserError(f"--topology={topology}: no compiler for it ({reason}); try {platform.needed}") from error
 
 
 def per_device(tree) -> int:

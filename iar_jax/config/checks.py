@@ -7,9 +7,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from iar_jax.config.field import Field, leaves, type_name
+from iar_jax.config.field import Field, leaves, table, type_name
 from iar_jax.config.fields import SECTIONS, default_config
 from iar_jax.runtime.errors import UserError
+
+# The kinds of generators, each of which checks its own fields.
+KINDS = "iar_jax.generators.generator:KINDS"
 
 
 def downsampling(config: ConfigDict) -> int:
@@ -81,7 +84,8 @@ def _check_value(name: str, field: Field, value: Any) -> None:
         raise UserError(f"config.{name} is {shown}; allowed {verb} {field.allowed}")
 
 
-def _divisors_near(number: int, wanted: int) -> str:
+def divisors_near(number: int, wanted: int) -> str:
+    """The two divisors of a number that are nearest to a wanted one, for a complaint."""
     divisors = [d for d in range(1, number + 1) if number % d == 0]
     return " or ".join(str(d) for d in sorted(sorted(divisors, key=lambda d: abs(math.log(d / wanted)))[:2]))
 
@@ -89,36 +93,12 @@ def _divisors_near(number: int, wanted: int) -> str:
 def _check_together(config: ConfigDict) -> None:
     """What fields allow each other."""
     _check_levels(config, config.tokenizer.codebook_size)
-    _check_heads(config)
+    table(KINDS)[config.model.kind].check(config.model)
     _check_resolution(config)
     for name in ("tokenizer_training", "training"):
         _check_run(name, config[name])
     _check_training(config)
     _check_sampling(config)
-
-
-def _check_heads(config: ConfigDict) -> None:
-    dim, num_heads = config.model.dim, config.model.num_heads
-    if dim % num_heads:
-        raise UserError(
-            f"config.model.num_heads is {num_heads}, which does not divide config.model.dim ({dim}); "
-            f"{_divisors_near(dim, num_heads)} would"
-        )
-    if config.model.num_kv_heads and num_heads % config.model.num_kv_heads:
-        raise UserError(
-            f"config.model.num_kv_heads is {config.model.num_kv_heads}, which does not divide config.model.num_heads "
-            f"({num_heads}); {_divisors_near(num_heads, config.model.num_kv_heads)} would"
-        )
-    if (dim // num_heads) % 4:
-        raise UserError(
-            f"config.model.dim {dim} over config.model.num_heads {num_heads} makes heads of {dim // num_heads}; the "
-            "rotary embedding of rows and columns needs a multiple of 4"
-        )
-    if config.model.scan_unroll > config.model.num_layers:
-        raise UserError(
-            f"config.model.scan_unroll is {config.model.scan_unroll}; allowed are 1 to config.model.num_layers "
-            f"({config.model.num_layers})"
-        )
 
 
 def _check_resolution(config: ConfigDict) -> None:
@@ -176,7 +156,7 @@ def _check_training(config: ConfigDict) -> None:
     if positions % config.training.loss_chunks:
         raise UserError(
             f"config.training.loss_chunks is {config.training.loss_chunks}, which does not divide the {positions} "
-            f"positions of a picture; {_divisors_near(positions, config.training.loss_chunks)} would"
+            f"positions of a picture; {divisors_near(positions, config.training.loss_chunks)} would"
         )
 
 
@@ -208,7 +188,7 @@ def _check_levels(config: ConfigDict, codebook_size: int) -> None:
     if codebook_size % sizes[-1]:
         raise UserError(
             f"config.codebook.cluster_sizes is {sizes}: {sizes[-1]} does not divide config.tokenizer.codebook_size "
-            f"({codebook_size}); {_divisors_near(codebook_size, sizes[-1])} would"
+            f"({codebook_size}); {divisors_near(codebook_size, sizes[-1])} would"
         )
     weights, end = tuple(training.cluster_weights), tuple(training.cluster_weights_end)
     if len(weights) != len(sizes):

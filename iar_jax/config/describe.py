@@ -32,7 +32,7 @@ def fields_of(sections: Sequence[str]) -> Iterator[tuple[str, Field]]:
 
 def shown(value: object) -> str:
     """A value as it is set on a command line."""
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return (",".join(map(str, value)) or "'()'") if isinstance(value, tuple) else str(value)
 
 
 def markdown() -> str:

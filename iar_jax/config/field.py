@@ -16,17 +16,16 @@ class Allowed(Protocol):
 
 
 class Integers(NamedTuple):
-    """Integers from a smallest to a largest one."""
+    """Integers from a smallest one on, and some besides."""
 
     smallest: int = 1
-    largest: float = math.inf
+    also: tuple[int, ...] = ()
 
     def admits(self, value: int) -> bool:
-        return self.smallest <= value <= self.largest
+        return value >= self.smallest or value in self.also
 
     def __str__(self) -> str:
-        upward = "on" if self.largest == math.inf else f"to {self.largest}"
-        return f"integers from {self.smallest} {upward}"
+        return "".join(f"{value}, and " for value in self.also) + f"integers from {self.smallest} on"
 
 
 class Numbers(NamedTuple):
@@ -73,12 +72,15 @@ class Choices(NamedTuple):
 
 
 class Sources(NamedTuple):
-    """Texts NAME or NAME:ARGUMENT with the names of a table, see `Choices`, whose values have a `usage`."""
+    """Texts NAME or NAME:ARGUMENT with the names of a table, see `Choices`, whose values have a `usage` that tells
+    which of the two it is."""
 
     table: str
 
     def admits(self, value: str) -> bool:
-        return value.partition(":")[0] in table(self.table)
+        name, _, argument = value.partition(":")
+        entry = table(self.table).get(name)
+        return entry is not None and bool(argument) == (":" in entry.usage)
 
     def __str__(self) -> str:
         return ", ".join(repr(entry.usage) for entry in table(self.table).values())

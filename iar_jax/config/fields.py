@@ -24,7 +24,7 @@ from iar_jax.config.field import (
 DTYPES = Choices(also=("float32", "bfloat16"))
 COUNT, COUNT_OR_NONE = Integers(1), Integers(0)
 WEIGHT = Numbers()
-DEVICES = Integers(-1)
+DEVICES = Integers(1, also=(-1,))
 
 # A schedule may change as long as no step done so far would have been another.
 SCHEDULED = "iar_jax.training.schedules:differs_so_far"
@@ -96,13 +96,13 @@ SECTIONS: dict[str, Any] = {
     | {
         "transformer": Field(
             "",
-            "The finished transformer of another workdir: what `sample` samples, and what `train` starts from.",
+            "The finished generator of another workdir: what `sample` samples, and what `train` starts from.",
             Texts(),
         ),
         "step": Field(
             0,
-            "Of inputs.transformer's checkpoints, the one that `train` goes on from, optimizer, step and all; 0 starts "
-            "afresh from the averaged weights of the finished one.",
+            "Of inputs.transformer's checkpoints, the one that `train` branches off, optimizer, step and all; later "
+            "stages then take the branch. 0 starts afresh from the averaged weights of the finished one.",
             COUNT_OR_NONE,
         ),
     },
@@ -242,7 +242,7 @@ SECTIONS: dict[str, Any] = {
             "none",
             "What the backward pass recomputes: none; layer, whole layers, a third more work for the least memory; "
             "dots, all but matrix products with weights.",
-            Choices("iar_jax.generators.autoregressive.transformer:REMAT_POLICIES"),
+            Choices("iar_jax.models.remat:REMAT_POLICIES"),
             matters=False,
         ),
         "attention": Field(

@@ -110,12 +110,9 @@ def open_folder(path: str, section: Section) -> Opened:
     files = [file for file, broken in zip(files, defects, strict=True) if not broken]
     labels = np.array([label for _, label in files], np.int32)
     counts = np.bincount(labels, minlength=len(class_names))
-    for name, count in zip(class_names, counts, strict=True):
-        if count < 2:
-            raise UserError(
-                f"{path}: class {name!r} has {count} readable image{'' if count == 1 else 's'}; each class needs two, "
-                "one to train on and one to validate with"
-            )
+    empty = [name for name, count in zip(class_names, counts, strict=True) if not count]
+    if empty:
+        raise UserError(f"{path}: class {empty[0]!r} has 0 readable images; each class needs two at least")
     names = f"{resolution} {class_names}".encode()
     contents = b"".join(
         f"\n{label} {os.path.getsize(file_path)} {os.path.relpath(file_path, root)}".encode()

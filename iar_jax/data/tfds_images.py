@@ -116,7 +116,7 @@ class TfdsSplits:
     """What a prepared set has: its splits as sources, names of classes, a fingerprint.
 
     Raises:
-        UserError: no such set is prepared, or it is none of labelled images.
+        UserError: no such set is prepared, or it is not one of labelled images.
     """
 
     def __init__(self, name: str, directory: str, resolution: int):

@@ -29,7 +29,7 @@ from iar_jax.runtime import artifacts, metric_log, sharding
 from iar_jax.runtime.artifacts import Artifact
 from iar_jax.runtime.progress import say
 
-READS = ("seed", "inputs", "mesh", "data", "sampling", "evaluation")
+READS = ("seed", "inputs", "mesh", "data", "tokenizer_training", "sampling", "evaluation")
 
 # Figures as they are shown, in their order.
 SHOWN = {
@@ -53,6 +53,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, Any]:
     inputs["transformer"] = open_generator(config.inputs, workdir, config.sampling.step)
     name = samples_name(config.sampling, inputs["transformer"].metadata.figures["step"])
     samples = Artifact(workdir / "samples" / name, artifacts.require(workdir / "samples" / name, "sample"))
+    artifacts.check_made_from(samples, inputs)
     given = {"samples": samples.fingerprint, **SCORERS[section.features].inputs(section)}
     made_by = relevant(config, ("seed", "data", "evaluation"))
     done = artifacts.begin(directory / name, "evaluate", made_by, given)
@@ -126,8 +127,8 @@ def page_of(
                 tables=[scores_table(content["scores"])],
             ),
             report.Section(
-                "Transformer",
-                figures=transformer_curves(inputs["transformer"].directory) + watch_curves(directory),
+                "Generator",
+                figures=generator_curves(inputs["transformer"].directory) + watch_curves(directory),
             ),
             report.Section(
                 "Tokenizer and codebook",
@@ -214,15 +215,19 @@ def watch_curves(directory: epath.Path) -> list[report.Figure]:
     return [report.sweep_plot("step", rows, "Scores of the samples of each checkpoint.")]
 
 
-def transformer_curves(directory: epath.Path) -> list[report.Figure]:
+def generator_curves(directory: epath.Path) -> list[report.Figure]:
+    """Losses and accuracies of codes, and of their clusters at each level."""
     metrics = metric_log.read_metrics(directory)
+    logged = dict.fromkeys(name.partition("/")[2] for line in metrics for name in line)
+
+    def names(ending):
+        return tuple(n for kind in ("token", "cluster") for n in logged if n.startswith(kind + ending))
+
     figures = [
-        report.curves(
-            metrics, ("token_loss", "cluster_loss"), "losses", "Nats a code; train with dropout, val without."
-        ),
+        report.curves(metrics, names("_loss"), "losses", "Nats a code; train with dropout, val without."),
         report.curves(
             metrics,
-            ("token_accuracy", "cluster_accuracy"),
+            names("_accuracy"),
             "accuracies",
             "Share of codes, and of their clusters, guessed right.",
         ),

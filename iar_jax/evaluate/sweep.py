@@ -52,7 +52,7 @@ def values_of(sweep: str, config: ConfigDict) -> tuple[str, list[float | int]]:
     """
     field, _, text = sweep.partition("=")
     if field not in SWEPT:
-        raise UserError(f"--sweep={sweep}: {field!r} is none of {', '.join(SWEPT)}")
+        raise UserError(f"--sweep={sweep}: {field!r} is not one of {', '.join(SWEPT)}")
     kind = type(config.sampling[field])
     try:
         first, last, step = (kind(part) for part in text.split(":"))

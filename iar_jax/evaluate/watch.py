@@ -8,6 +8,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from iar_jax.evaluate.sweep import Score
+from iar_jax.generators.generator import generator_directory
 from iar_jax.runtime import artifacts, checkpoint, metric_log
 from iar_jax.runtime.errors import UserError
 from iar_jax.runtime.progress import say
@@ -18,7 +19,7 @@ def run(config: ConfigDict, workdir: epath.Path, pause: float, score: Score) -> 
     finished and all are scored. Leaves watch.jsonl and TensorBoard events in workdir/evaluation."""
     from clu import metric_writers  # imports TensorFlow, which takes seconds
 
-    transformer_directory = artifacts.locate(config.inputs, workdir, "transformer")
+    transformer_directory = generator_directory(config.inputs, workdir)
     directory = workdir / "evaluation"
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "watch.jsonl"

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
 from iar_jax.config.fields import defaults
-from iar_jax.generators.autoregressive.generator import build_autoregressive
+from iar_jax.generators.autoregressive.generator import build_autoregressive, check_autoregressive
 from iar_jax.generators.code_layout import CodeLayout
 from iar_jax.generators.settings import NO_OBJECTIVE, Facts, Objective, SamplingSettings
 from iar_jax.runtime import artifacts, checkpoint, sharding
@@ -75,15 +75,25 @@ class Generator(Protocol):
         """Parameters for ids in another order: id i of the new ones is id order[i] of the old ones."""
 
 
-# config.model.kind -> what makes a generator of config.model, its facts and its objective.
-KINDS: dict[str, Callable[[Section, Facts, Objective], Generator]] = {
-    "autoregressive": build_autoregressive,
-}
+class Kind(NamedTuple):
+    """A kind of generator.
+
+    Attributes:
+        build: makes one of config.model, its facts and its objective.
+        check: raises UserError where fields of config.model do not go together, before anything runs.
+    """
+
+    build: Callable[[Section, Facts, Objective], Generator]
+    check: Callable[[Section], None] = lambda section: None
+
+
+# config.model.kind.
+KINDS = {"autoregressive": Kind(build_autoregressive, check_autoregressive)}
 
 
 def build_generator(section: Section, facts: Facts, objective: Objective = NO_OBJECTIVE) -> Generator:
     """The generator of config.model."""
-    return KINDS[section["kind"]](section, facts, objective)
+    return KINDS[section["kind"]].build(section, facts, objective)
 
 
 def generator_at(directory: epath.Path, step: int) -> artifacts.Metadata:
@@ -95,6 +105,7 @@ def generator_at(directory: epath.Path, step: int) -> artifacts.Metadata:
     if not step:
         return artifacts.require(directory, "train")
     found = artifacts.read_metadata(directory)
+    artifacts.check_stage(directory, found, "train")
     steps = checkpoint.steps_in(directory / "checkpoints")
     if found is None or step not in steps:
         raise UserError(f"{directory} has no checkpoint of step {step}; there are {steps or 'none'}")
@@ -106,13 +117,20 @@ def generator_at(directory: epath.Path, step: int) -> artifacts.Metadata:
     return dataclasses.replace(found, fingerprint=fingerprint, figures=found.figures | {"step": step})
 
 
-def open_generator(section: Section, workdir: epath.Path, step: int) -> artifacts.Artifact:
-    """The generator that config.inputs names, or the workdir's own; see `generator_at`.
+def generator_directory(section: Section, workdir: epath.Path) -> epath.Path:
+    """Where the generator lies that is sampled and scored: config.inputs.transformer, or the workdir's own. With
+    config.inputs.step the former is what training branches off, and the latter its branch.
 
     Args:
         section: config.inputs.
     """
-    directory = artifacts.locate(section, workdir, "transformer")
+    own = artifacts.locate({**dict(section.items()), "transformer": ""}, workdir, "transformer")
+    return own if section["step"] else artifacts.locate(section, workdir, "transformer")
+
+
+def open_generator(section: Section, workdir: epath.Path, step: int) -> artifacts.Artifact:
+    """The generator of `generator_directory`; see `generator_at`."""
+    directory = generator_directory(section, workdir)
     return artifacts.Artifact(directory, generator_at(directory, step))
 
 

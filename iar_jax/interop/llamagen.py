@@ -11,11 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from iar_jax.generators.autoregressive.generator import Autoregressive
 from iar_jax.generators.autoregressive.rope import rope_table
-from iar_jax.generators.autoregressive.transformer import Transformer
+from iar_jax.generators.autoregressive.sizes import size_named
+from iar_jax.generators.autoregressive.transformer import Transformer, swiglu_hidden_dim
+from iar_jax.generators.settings import Facts
 from iar_jax.interop.torch_files import read_torch_file, write_torch_file
 from iar_jax.models.vqgan import VQModel
 from iar_jax.runtime.errors import UserError
+from iar_jax.runtime.section import Section
 
 StateDict = dict[str, np.ndarray]
 
@@ -109,6 +113,35 @@ def load_transformer(path: str | Path, *, num_heads: int, grid_size: int, **over
         }
     )
     return module, _contiguous(params)
+
+
+def read_generator(path: str | Path, section: Section, facts: Facts) -> tuple[Autoregressive, Any]:
+    """A generator from a LlamaGen file, which must be the one that config.model and the facts describe.
+
+    The number of classes is the file's.
+
+    Raises:
+        UserError: as `load_transformer`; or the file holds another model: names the field, and the published model.
+    """
+    (side,) = facts.layout.sides
+    network, params = load_transformer(path, num_heads=section["num_heads"], grid_size=side)
+    dim = section["dim"]
+    wanted = {
+        "config.model.dim": (dim, network.dim),
+        "config.model.num_layers": (section["num_layers"], network.num_layers),
+        "config.model.hidden_dim": (section["hidden_dim"] or swiglu_hidden_dim(dim), network.hidden_dim),
+        "config.model.num_kv_heads": (
+            section["num_kv_heads"] or section["num_heads"],
+            network.num_kv_heads or network.num_heads,
+        ),
+        "the tokenizer's codebook_size": (facts.vocab_size, network.vocab_size),
+    }
+    for field, (ours, theirs) in wanted.items():
+        if ours != theirs:
+            name = size_named(network.num_layers, network.dim)
+            hint = f"it looks like LlamaGen's {name}" if name else "give the config of that model"
+            raise UserError(f"{path}: {field} is {ours}, and the file's model has {theirs}; {hint}")
+    return Autoregressive(network), params
 
 
 def _transformer_shapes(

@@ -46,6 +46,16 @@ PUBLISHED = {
 }
 
 
+# What is not compared in publications: (kind of images, split of the reference).
+UNUSUAL = {
+    ("samples", "val"): "gFID against a val split: published ones are against the training set",
+    ("reconstructions", "train"): (
+        "rFID against the training set: published ones are against the val images (the same tokenizer has 2.70 "
+        "against VIRTUAL_imagenet256_labeled.npz and 0.92 against val)"
+    ),
+}
+
+
 class Network(NamedTuple):
     """The feature network, and what its weights are."""
 
@@ -242,13 +252,8 @@ def deviations(images: ImageSet, about: dict[str, Any]) -> list[str]:
             f"no more images than feature dimensions ({DIMENSIONS[POOL]:,}): their covariance is singular, and FID "
             "far too high (its bias falls as 1 / images); KID has none"
         )
-    if images.kind == "samples" and about["split"] == "val":
-        found.append("gFID against a val split: published ones are against the training set")
-    if images.kind == "reconstructions" and about["split"] == "train":
-        found.append(
-            "rFID against the training set: published ones are against the val images (the same tokenizer has 2.70 "
-            "against VIRTUAL_imagenet256_labeled.npz and 0.92 against val)"
-        )
+    if (images.kind, about["split"]) in UNUSUAL:
+        found.append(UNUSUAL[images.kind, about["split"]])
     if about["split"] is None:
         found.append("which split the reference is of is not known (--make-reference with --split says it)")
     if about["statistics_of"] is not None:

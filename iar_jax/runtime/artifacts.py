@@ -201,9 +201,14 @@ def require(directory: epath.Path, stage: str) -> Metadata:
     if found is None or not found.finished:
         state = "is not there" if found is None else "is not finished"
         raise UserError(f"{directory} {state}; run python -m iar_jax.{stage} first (or python -m iar_jax.pipeline)")
-    if found.stage != stage:
-        raise UserError(f"{directory} was made by the stage {found.stage}; one made by {stage} is needed here")
+    check_stage(directory, found, stage)
     return found
+
+
+def check_stage(directory: epath.Path, found: Metadata | None, stage: str) -> None:
+    """Raises UserError where an artifact was made by another stage."""
+    if found is not None and found.stage != stage:
+        raise UserError(f"{directory} was made by the stage {found.stage}; one made by {stage} is needed here")
 
 
 class Artifact(NamedTuple):

@@ -11,6 +11,7 @@ class Chip:
         memory: bytes.
         memory_rate, network_rate: bytes a second; the network's is one way, over all links of a chip together.
         flops: bf16 products, a second.
+        platform: what JAX calls the maker's compiler.
         island: chips that the network rate holds between; above it, `outside_rate` does.
     """
 
@@ -22,6 +23,7 @@ class Chip:
     island: int = 2**62
     outside_rate: float = 0.0
     source: str = ""
+    platform: str = "tpu"
 
 
 TORUS_2D, TORUS_3D = 4, 6  # links of a chip
@@ -31,7 +33,15 @@ CHIPS = {
     "v5p": Chip("TPU v5p", 96e9, 2.8e12, 459e12, TORUS_3D * 90e9, source="Google Cloud's TPU v5p page"),
     "v6e": Chip("TPU v6e", 32e9, 1.6e12, 918e12, TORUS_2D * 90e9, source="Google Cloud's TPU v6e page"),
     "h100": Chip(
-        "H100 SXM", 80e9, 3.35e12, 989e12, 450e9, island=8, outside_rate=50e9, source="NVIDIA's H100 data sheet"
+        "H100 SXM",
+        80e9,
+        3.35e12,
+        989e12,
+        450e9,
+        island=8,
+        outside_rate=50e9,
+        source="NVIDIA's H100 data sheet",
+        platform="cuda",
     ),
 }
 

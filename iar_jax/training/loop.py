@@ -22,13 +22,8 @@ from iar_jax.runtime.progress import progress, say
 
 
 class TrainingRun:
-    """One run of num_steps steps in a directory.
-
-        with TrainingRun(...) as run:
-            state = run.resume(state)
-            for step in run.steps():
-                state, metrics = train_step(state, ...)
-                run.finished_step(state, metrics)
+    """One run of num_steps steps in a directory, as a context: `resume` the state, then `finished_step` for each of
+    `steps`.
 
     Metrics of a step are fetched while the next one runs, so that the devices never wait for the log.
     """

@@ -70,6 +70,8 @@ def differs_so_far(old: Section, new: Section, steps_done: int | None) -> bool:
         steps_done = old["num_steps"]
     if new["num_steps"] < steps_done:
         return True
+    if not {old["schedule"], new["schedule"]} <= SCHEDULES.keys():
+        return True  # one that was added elsewhere, and is not known here
     steps = np.arange(steps_done)
 
     def values(section):

@@ -15,7 +15,7 @@ from jaxtyping import Array, Int
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """State of the transformer's training (and of the feature classifier's).
+    """State of a generator's training (and of the feature classifier's).
 
     Attributes:
         step: number of finished steps, int32 [].

@@ -41,11 +41,8 @@ def test_a_folder_with_splits_is_read_as_hugging_face_stores_it(tmp_path):
     for file, numbers in (("train-00000-of-00002", range(7)), ("train-00001-of-00002", range(7, 12))):
         pq.write_table(table(numbers), tmp_path / "data" / f"{file}-abc.parquet", row_group_size=3)
     pq.write_table(table(range(12, 16)), tmp_path / "data" / "validation-00000-of-00001.parquet")
-    unlabelled = table(range(2), labels=[-1, -1])
-    pq.write_table(unlabelled, tmp_path / "data" / "test-00000-of-00001.parquet")
-    with pytest.raises(UserError, match="a label is -1; there are 3 classes"):
-        open_images(section(tmp_path))
-    (tmp_path / "data" / "test-00000-of-00001.parquet").unlink()
+    # As ImageNet's own test set, which has no labels; it is not used beside a validation set.
+    pq.write_table(table(range(2), labels=[-1, -1]), tmp_path / "data" / "test-00000-of-00001.parquet")
     images = open_images(section(tmp_path, val_fraction=0.2))
     assert images.class_names == tuple(NAMES)
     assert (len(images.train), len(images.val)) == (12, 4)
@@ -95,6 +92,32 @@ def test_the_fingerprint_follows_the_content_and_not_the_place(tmp_path):
         pq.write_table(table(numbers), tmp_path / name / "train.parquet")
     first, same, other = (open_images(section(tmp_path / name)).fingerprint for name in "abc")
     assert first == same != other
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, -1, 1, 1], "a label is -1; there are 3 classes"),
+        ([0, 2**40, 1, 1], "a label is 1099511627776; there are 3 classes"),
+        ([0, None, 1, 1], "column 'label' is empty in 1 rows; each image has a label"),
+        ([0, 0, 1, 2], "class 'dog' has 1 readable image; each class needs two"),
+    ],
+)
+def test_labels_that_cannot_be_used_are_named(tmp_path, labels, message):
+    pq.write_table(table(range(4), labels=labels), tmp_path / "some.parquet")
+    with pytest.raises(UserError, match=message):
+        open_images(section(tmp_path / "some.parquet"))
+
+
+def test_every_file_has_the_columns(tmp_path):
+    pq.write_table(table(range(6)), tmp_path / "train-0.parquet")
+    pq.write_table(table(range(6)).drop_columns(["label"]), tmp_path / "train-1.parquet")
+    with pytest.raises(UserError, match=r"train-1\.parquet has no column 'label'; it has image"):
+        open_images(section(tmp_path))
+    with pytest.raises(UserError, match=r"column 'label' is of type int64; images are encoded files, as bytes"):
+        open_images(section(tmp_path / "train-0.parquet", image_column="label"))
+    with pytest.raises(UserError, match=r"column 'image.path' is of type string; images are encoded files"):
+        open_images(section(tmp_path / "train-0.parquet", image_column="image.path"))
 
 
 def test_what_cannot_be_read_is_named(tmp_path):

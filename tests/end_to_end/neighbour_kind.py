@@ -91,7 +91,7 @@ def build(section: Any, facts: Facts, objective: Objective) -> Neighbour:
     return Neighbour(facts, section["dim"], objective)
 
 
-generator.KINDS["neighbour"] = build
+generator.KINDS["neighbour"] = generator.Kind(build)
 
 
 def get_config(arg: str = ""):

@@ -183,7 +183,7 @@ def test_a_sweep_samples_and_scores_every_value(copy):
 @pytest.mark.parametrize(
     ("sweep", "message"),
     [
-        ("seed=1:2:1", "'seed' is none of cfg_scale, temperature, top_k, top_p"),
+        ("seed=1:2:1", "'seed' is not one of cfg_scale, temperature, top_k, top_p"),
         ("cfg_scale=1:2", "a range is FIRST:LAST:STEP"),
         ("top_k=1:8:0.5", "a range is FIRST:LAST:STEP"),
         ("cfg_scale=2:1:0.5", "not below the first"),
@@ -437,7 +437,12 @@ def test_a_decay_branches_off_a_stable_run_with_its_optimizer(finished, tmp_path
     ours = [line for line in metrics_text(tmp_path / "branch").splitlines() if '"step": 1' in line]
     assert ours == metrics_text(tmp_path / "whole").splitlines()[-len(ours) :]
     assert len(ours) >= 4
-    for step, message in ((7, "has no checkpoint of step 7; there are [10, 20, 24]"), (24, "num_steps is 16")):
+    # The branch is finished, and its source may lose the checkpoint.
+    shutil.rmtree(tmp_path / "warm" / "train" / "checkpoints" / "10")
+    assert "train: done" in call("train", tmp_path / "branch", *TINY, *inputs, *decay, *branch).stdout
+    sampled = call("sample", tmp_path / "branch", *TINY, *inputs, *decay, *branch).stdout
+    assert "0000016-" in sampled
+    for step, message in ((7, "has no checkpoint of step 7; there are [20, 24]"), (24, "num_steps is 16")):
         refused = call("train", tmp_path / f"not-{step}", *TINY, *inputs, *decay, branch[0],
                        f"--config.inputs.step={step}", check=False)  # fmt: skip
         assert message in refused.stderr

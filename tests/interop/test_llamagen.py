@@ -5,11 +5,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from iar_jax.config.fields import defaults
 from iar_jax.generators.autoregressive.decoding import generate
 from iar_jax.generators.autoregressive.rope import rope_table
+from iar_jax.generators.code_layout import CodeLayout
+from iar_jax.generators.settings import Facts
 from iar_jax.interop import llamagen
 from iar_jax.interop.torch_files import read_torch_file
 from iar_jax.runtime.errors import UserError
+from tests.generators.autoregressive.test_transformer import initial, small
 
 
 @pytest.fixture(scope="module")
@@ -220,3 +224,16 @@ def test_wrong_kinds_of_files_are_refused(golden):
         llamagen.load_tokenizer(golden("gpt_tiny.pt"))
     with pytest.raises(UserError, match="5 heads do not divide the width 64"):
         load(golden("gpt_tiny.pt"), num_heads=5)
+
+
+def test_a_file_is_read_as_the_generator_of_the_config_or_refused(tmp_path):
+    network = small(num_heads=4, num_kv_heads=2)
+    llamagen.save_transformer(jax.tree.map(np.asarray, initial(network)), tmp_path / "grouped.safetensors")
+    section = defaults("model") | {"dim": 16, "num_layers": 2, "num_heads": 4, "hidden_dim": 24}
+    facts = Facts(32, 0, CodeLayout.square(3))
+    with pytest.raises(UserError, match=r"config.model.num_kv_heads is 4, and the file's model has 2; give the config"):
+        llamagen.read_generator(tmp_path / "grouped.safetensors", section, facts)
+    generator, _ = llamagen.read_generator(tmp_path / "grouped.safetensors", section | {"num_kv_heads": 2}, facts)
+    assert generator.facts == Facts(32, 3, CodeLayout.square(3))
+    with pytest.raises(UserError, match="the tokenizer's codebook_size is 64, and the file's model has 32"):
+        llamagen.read_generator(tmp_path / "grouped.safetensors", section, Facts(64, 0, CodeLayout.square(3)))

@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from iar_jax.config.checks import divisors_near
 from iar_jax.generators.autoregressive.decoding import generate
 from iar_jax.generators.autoregressive.transformer import Transformer, swiglu_hidden_dim
 from iar_jax.generators.code_layout import CodeLayout
 from iar_jax.generators.settings import NO_OBJECTIVE, Facts, Objective, SamplingSettings
 from iar_jax.losses.cluster_loss import cluster_loss
+from iar_jax.runtime.errors import UserError
 from iar_jax.runtime.section import Section
 
 # Fields of config.model that are the network's as they are.
@@ -134,12 +136,39 @@ class Autoregressive:
         return params | {"token_table": params["token_table"][order], "head": params["head"][:, order]}
 
 
+def check_autoregressive(section: Section) -> None:
+    """Raises UserError where fields of config.model do not go together."""
+    dim, num_heads, num_kv_heads = section["dim"], section["num_heads"], section["num_kv_heads"]
+    if dim % num_heads:
+        raise UserError(
+            f"config.model.num_heads is {num_heads}, which does not divide config.model.dim ({dim}); "
+            f"{divisors_near(dim, num_heads)} would"
+        )
+    if num_kv_heads and num_heads % num_kv_heads:
+        raise UserError(
+            f"config.model.num_kv_heads is {num_kv_heads}, which does not divide config.model.num_heads "
+            f"({num_heads}); {divisors_near(num_heads, num_kv_heads)} would"
+        )
+    if (dim // num_heads) % 4:
+        raise UserError(
+            f"config.model.dim {dim} over config.model.num_heads {num_heads} makes heads of {dim // num_heads}; the "
+            "rotary embedding of rows and columns needs a multiple of 4"
+        )
+    if section["scan_unroll"] > section["num_layers"]:
+        raise UserError(
+            f"config.model.scan_unroll is {section['scan_unroll']}; allowed are 1 to config.model.num_layers "
+            f"({section['num_layers']})"
+        )
+
+
 def build_autoregressive(section: Section, facts: Facts, objective: Objective) -> Autoregressive:
     """The generator of config.model.
 
     Raises:
         ValueError: the layout is not one square.
     """
+    if len(facts.layout.sides) != 1:
+        raise ValueError(f"the kind autoregressive goes over one square of codes, not those of {facts.layout.sides}")
     (side,) = facts.layout.sides
     network = Transformer(
         vocab_size=facts.vocab_size,

@@ -14,14 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from iar_jax.generators.autoregressive.rope import apply_rope, rope_table
 from iar_jax.models.attention import ATTENTIONS
-
-# What the backward pass recomputes: config.model.remat.
-REMAT_POLICIES = {
-    "none": None,
-    "layer": jax.checkpoint_policies.nothing_saveable,
-    # Attention's own products, which grow with the square of the length, are recomputed too.
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
+from iar_jax.models.remat import REMAT_POLICIES
 
 
 def swiglu_hidden_dim(dim: int) -> int:
