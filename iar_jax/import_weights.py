@@ -25,7 +25,7 @@ from iar_jax.config.checks import grid_size
 from iar_jax.config.relevance import RelevantConfig, relevant
 from iar_jax.data.codes import permutation_fingerprint, read_permutation
 from iar_jax.generators.code_layout import CodeLayout
-from iar_jax.generators.generator import load_generator
+from iar_jax.generators.generator import generator_directory, load_generator
 from iar_jax.generators.settings import Facts
 from iar_jax.interop import llamagen
 from iar_jax.interop.torch_files import read_torch_file

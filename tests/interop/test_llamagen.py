@@ -236,4 +236,6 @@ def test_a_file_is_read_as_the_generator_of_the_config_or_refused(tmp_path):
     generator, _ = llamagen.read_generator(tmp_path / "grouped.safetensors", section | {"num_kv_heads": 2}, facts)
     assert generator.facts == Facts(32, 3, CodeLayout.square(3))
     with pytest.raises(UserError, match="the tokenizer's codebook_size is 64, and the file's model has 32"):
-        llamagen.read_generator(tmp_path / "grouped.safetensors", section, Facts(64, 0, CodeLayout.square(3)))
+        llamagen.read_generator(
+            tmp_path / "grouped.safetensors", section | {"num_kv_heads": 2}, Facts(64, 0, CodeLayout.square(3))
+        )
