@@ -86,7 +86,10 @@ def not_explained(record: Any) -> bool:
 
 def _parse(argv: list[str], reads: Sequence[str], needs_config: Callable[[], bool]) -> list[str]:
     if any(argument in ("--help", "-h", "-help") for argument in argv[1:]):
-        print(help_text(sys.modules["__main__"].__doc__ or "", own_options(), reads))
+        try:
+            print(help_text(sys.modules["__main__"].__doc__ or "", own_options(), reads), flush=True)
+        except BrokenPipeError:  # `--help | head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     for argument in argv[1:]:
         option, _, value = argument.lstrip("-").partition("=")
