@@ -451,6 +451,7 @@ def test_a_decay_branches_off_a_stable_run_with_its_optimizer(finished, tmp_path
     assert "config.inputs.step is set, and config.inputs.transformer, the run of that step, is not" in refused.stderr
 
 
+@pytest.mark.slow
 def test_processes_refuse_a_wrong_mesh_together(finished, tmp_path):
     started = start_processes(2, 1, tmp_path / "run", *TINY, *inputs_of(finished.path), "--config.mesh.fsdp=3")
     output, _ = started.communicate(timeout=60)

@@ -40,6 +40,7 @@ def test_flipped_bits_in_records_and_samples(reference, tmp_path):
     assert_survived(faults.damaged_samples(reference, tmp_path / "samples", random.Random(2), "flip"))
 
 
+@pytest.mark.slow
 def test_a_full_disk(reference, tmp_path):
     try:
         assert_survived(faults.full_disk(reference, tmp_path / "run", 1500))

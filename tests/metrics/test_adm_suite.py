@@ -85,6 +85,7 @@ def files(tmp_path_factory, golden):
     return path
 
 
+@pytest.mark.slow
 def test_files_are_scored_and_a_reference_is_made_of_one(files, tmp_path):
     weights = f"--inception_weights={files / 'inception.safetensors'}"
     options = [weights, "--batch_size=8"]

@@ -180,6 +180,7 @@ def test_weight_decay_acts_on_matrices_alone():
     assert mask["norm"]["weight"] is False
 
 
+@pytest.mark.slow
 def test_a_grouped_model_learns_on_a_mesh_as_on_one_device():
     (_, expected), (_, found) = run(None, num_kv_heads=2), run((2, 2, 2), num_kv_heads=2)
     for ours, theirs in zip(found, expected, strict=True):
