@@ -28,7 +28,7 @@ from iar_jax.config.relevance import relevant
 from iar_jax.data import code_statistics, codes, image_grids, preprocessing
 from iar_jax.data.image_source import ImageSource
 from iar_jax.data.images import ImageDataset, open_images
-from iar_jax.generators.code_layout import CodeLayout
+from iar_jax.generators.code_layout import CodeLayout, layout_of
 from iar_jax.models.tokenizer import LoadedTokenizer, load_tokenizer
 from iar_jax.runtime import artifacts, distributed, lock, sharding
 from iar_jax.runtime.errors import UserError
@@ -298,11 +298,7 @@ def stored_codes(
             raise UserError(f"{directory}: record {index} has {len(record.codes)} crops, not {len(crops)}")
         found.append(record.codes[view])
         originals.append(preprocessing.to_unit_range(crops[view]))
-    try:
-        layout = CodeLayout.recorded(artifact.metadata.figures.get("layout"), len(found[0]))
-    except ValueError as error:
-        raise UserError(f"{directory}: {error}") from error
-    return Stored(records, layout, np.stack(found), np.stack(originals))
+    return Stored(records, layout_of(artifact, len(found[0])), np.stack(found), np.stack(originals))
 
 
 @dataclasses.dataclass

@@ -252,6 +252,7 @@ def export_rearranged_tokenizer(config: ConfigDict, workdir: epath.Path, path: s
 
 
 def save_tokenizer(params: Any, path: str) -> None:
+    """Writes tokenizer parameters so that LlamaGen's strict loading takes them."""
     # LlamaGen's network counts used codes in a buffer that its strict loading asks for.
     quantizer = params["quantizer"] | {"codebook_used": np.zeros(65536, np.float32)}
     llamagen.save_tokenizer(params | {"quantizer": quantizer}, path)

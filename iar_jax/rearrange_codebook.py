@@ -11,6 +11,7 @@ import jax
 import matplotlib
 import numpy as np
 from etils import epath
+from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from iar_jax.codebook.balanced_kmeans import BalancedClustering, nested_clusters, unconstrained_inertia
@@ -54,8 +55,13 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         levels, order, permutation = rearranged(codebook, config.codebook, config.seed)
         codebook_fingerprint = artifacts.fingerprint_arrays(raw_codebook)
         save_permutation(directory / "permutation.npz", permutation, codebook_fingerprint)
-        write_pictures(directory, tokenizer, codebook, order, permutation.cluster_size)
+        within = distances_within(codebook, order, permutation.cluster_size)
+        among_all = distances_among_all(codebook)
+        artifacts.write_bytes(directory / "distances.png", distance_histogram(within, among_all))
+        image_grids.write_png(directory / "clusters.png", picture_of(tokenizer, order, permutation.cluster_size))
         figures = measured(codebook, order, permutation, levels)
+        figures |= {"mean_distance_within": float(np.mean(within))}
+        figures |= {"mean_distance_among_all": float(np.mean(among_all))}
         figures |= {"codebook_fingerprint": codebook_fingerprint, "seconds": time.monotonic() - start}
         artifacts.finish(directory, permutation_fingerprint(permutation), figures)
     announce(figures, permutation, directory)
@@ -90,17 +96,12 @@ def rearranged(
     return levels, order, Permutation.from_order(order, sizes[0], sizes[1:])
 
 
-def write_pictures(
-    directory: epath.Path, tokenizer: LoadedTokenizer, codebook: np.ndarray, order: np.ndarray, cluster_size: int
-) -> None:
-    """clusters.png, the decoded patches of the members of some clusters, and distances.png."""
+def picture_of(tokenizer: LoadedTokenizer, order: np.ndarray, cluster_size: int) -> UInt8[np.ndarray, "Y X 3"]:
+    """The decoded patches of the members of some clusters, one row a cluster."""
     patches = decoded_patches(tokenizer, order[: min(CLUSTERS_SHOWN * cluster_size, len(order))])
     shown = patches.reshape(-1, cluster_size, *patches.shape[1:])[:, :MEMBERS_SHOWN]
     scale = max(1, 24 // shown.shape[2])
-    grid = image_grids.image_grid(shown.reshape(-1, *shown.shape[2:]), columns=shown.shape[1], scale=scale)
-    image_grids.write_png(directory / "clusters.png", grid)
-    within, among_all = distances_within(codebook, order, cluster_size), distances_among_all(codebook)
-    artifacts.write_bytes(directory / "distances.png", distance_histogram(within, among_all))
+    return image_grids.image_grid(shown.reshape(-1, *shown.shape[2:]), columns=shown.shape[1], scale=scale)
 
 
 def measured(
@@ -114,8 +115,6 @@ def measured(
         "unconstrained_inertia": float(unconstrained_inertia(codebook, clustering.centroids)),
         "inertia_of_one_cluster": float(np.sum(np.square(codebook - codebook.mean(axis=0)))),
         "inertia_of_coarser_levels": [coarse_inertia(codebook, order, size) for size in permutation.coarser_sizes],
-        "mean_distance_within": float(np.mean(distances_within(codebook, order, permutation.cluster_size))),
-        "mean_distance_among_all": float(np.mean(distances_among_all(codebook))),
         "neighbours_in_own_cluster": neighbours_in_own_cluster(codebook, permutation.cluster_of_old, NEIGHBOURS),
         "path_length": path_length(codebook, order),
         "path_length_before": path_length(codebook, np.arange(len(order))),

@@ -20,10 +20,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from iar_jax.config import command_line
-from iar_jax.config.relevance import relevant
+from iar_jax.config.relevance import RelevantConfig, relevant
 from iar_jax.data import loader
 from iar_jax.data.codes import CodeSource, FirstCrop, random_crop_codes, read_permutation
-from iar_jax.generators.code_layout import CodeLayout
+from iar_jax.generators.code_layout import layout_of
 from iar_jax.generators.generator import Generator, build_generator, generator_at, load_generator
 from iar_jax.generators.settings import Facts, Objective
 from iar_jax.runtime import artifacts, checkpoint, distributed, sharding
@@ -154,10 +154,7 @@ def open_codes(inputs: Mapping[str, Artifact]) -> Codes:
     directory, num_classes = inputs["codes"].directory, len(inputs["codes"].metadata.figures["class_names"])
     train = CodeSource(directory, permutation, num_classes)
     val = FirstCrop(CodeSource(inputs["val_codes"].directory, permutation, num_classes))
-    try:
-        layout = CodeLayout.recorded(inputs["codes"].metadata.figures.get("layout"), train[0]["codes"].shape[1])
-    except ValueError as error:
-        raise UserError(f"{directory}: {error}") from error
+    layout = layout_of(inputs["codes"], train[0]["codes"].shape[1])
     return Codes(train, val, Facts(len(permutation.old_to_new), num_classes, layout), permutation.cluster_sizes)
 
 
@@ -204,7 +201,7 @@ def with_weights_of(initial: Artifact, state: TrainState, section: ConfigDict, m
     """
     params = load_generator(initial.directory, mesh).params
     if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, state.params):
-        ours = relevant(ConfigDict({"model": section}), ("model",))
+        ours = RelevantConfig({"model": section.to_dict()})
         others = [str(d) for d in ours.differences(initial.metadata.config, None)[0]]
         facts = initial.metadata.figures["facts"]
         raise UserError(f"{initial.directory} is another model than the config's: {'; '.join(others) or facts}")

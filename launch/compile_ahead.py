@@ -178,6 +178,7 @@ class Recipe(NamedTuple):
 
 
 def generator_recipe(config: ConfigDict, mesh: Mesh, num_classes: int) -> Recipe:
+    """The training of config.model; raises UserError where the mesh does not divide it."""
     section, rows = config.training, sharding.batch_sharding(mesh)
     sharding.check_batch_size(mesh, section.batch_size, "config.training.batch_size", section.accumulation)
     facts = Facts(config.tokenizer.codebook_size, num_classes, CodeLayout.square(grid_size(config)))
@@ -190,6 +191,7 @@ def generator_recipe(config: ConfigDict, mesh: Mesh, num_classes: int) -> Recipe
 
 
 def tokenizer_recipe(config: ConfigDict, mesh: Mesh, num_classes: int) -> Recipe:
+    """The training of config.tokenizer, with its discriminator where it has one; classes make no difference."""
     section, size = config.tokenizer_training, config.data.resolution
     sharding.check_batch_size(mesh, section.batch_size, "config.tokenizer_training.batch_size")
     _, discriminator, init, make_step = train_tokenizer.make_steps(config)
@@ -204,10 +206,12 @@ flags.DEFINE_enum("stage", "train", tuple(RECIPES), "Whose train step.")
 
 
 def tpu_devices(topology: str) -> list[Any]:
+    """The devices of CHIP:SHAPE, by libtpu."""
     return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
 
 
 def gpu_devices(topology: str) -> list[Any]:
+    """The devices of h100:GPUS or h100:NODESxGPUS, by JAX's CUDA plugin."""
     sizes = [int(part) for part in topology.partition(":")[2].split("x")]
     nodes, gpus = sizes if len(sizes) == 2 else (1, math.prod(sizes))
     found = topologies.get_topology_desc(

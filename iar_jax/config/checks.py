@@ -8,11 +8,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from iar_jax.config.field import Field, leaves, table, type_name
-from iar_jax.config.fields import SECTIONS, default_config
+from iar_jax.config.fields import KINDS, SECTIONS, default_config
 from iar_jax.runtime.errors import UserError
-
-# The kinds of generators, each of which checks its own fields.
-KINDS = "iar_jax.generators.generator:KINDS"
 
 
 def downsampling(config: ConfigDict) -> int:
@@ -93,6 +90,7 @@ def divisors_near(number: int, wanted: int) -> str:
 def _check_together(config: ConfigDict) -> None:
     """What fields allow each other."""
     _check_levels(config, config.tokenizer.codebook_size)
+    # A kind checks its own fields.
     table(KINDS)[config.model.kind].check(config.model)
     _check_resolution(config)
     for name in ("tokenizer_training", "training"):

@@ -26,6 +26,9 @@ COUNT, COUNT_OR_NONE = Integers(1), Integers(0)
 WEIGHT = Numbers()
 DEVICES = Integers(1, also=(-1,))
 
+# The kinds of generators.
+KINDS = "iar_jax.generators.generator:KINDS"
+
 # A schedule may change as long as no step done so far would have been another.
 SCHEDULED = "iar_jax.training.schedules:differs_so_far"
 
@@ -223,7 +226,7 @@ SECTIONS: dict[str, Any] = {
         "images_per_shard": Field(1024, "Images of a file; a file is what an interrupted extraction keeps.", COUNT),
     },
     "model": {
-        "kind": Field("autoregressive", "Of the generator.", Choices("iar_jax.generators.generator:KINDS")),
+        "kind": Field("autoregressive", "Of the generator.", Choices(KINDS)),
         "dim": Field(768, "Width.", COUNT),
         "num_layers": Field(12, "Depth.", COUNT),
         "num_heads": Field(12, "Attention heads.", COUNT),

@@ -59,7 +59,7 @@ def relevant(config: ConfigDict, names: Sequence[str]) -> RelevantConfig:
     """The named sections, or single fields."""
     chosen = {name: config[name] for name in names}
     plain = {name: value.to_dict() if isinstance(value, ConfigDict) else value for name, value in chosen.items()}
-    return RelevantConfig(_as_json(plain))
+    return RelevantConfig(plain)
 
 
 def _as_json(content: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """A folder of images with one sub-folder for each class."""
 
 import dataclasses
+import functools
 import hashlib
 import os
 import warnings
@@ -11,7 +12,8 @@ import numpy as np
 from PIL import Image
 
 from iar_jax.data import preprocessing
-from iar_jax.data.image_source import Opened
+from iar_jax.data.image_source import Opened, centred
+from iar_jax.data.imagenet import check_class_order
 from iar_jax.runtime.errors import UserError
 from iar_jax.runtime.progress import progress, say
 from iar_jax.runtime.section import Section
@@ -27,7 +29,7 @@ class FileSource:
     labels: np.ndarray
     resolution: int
 
-    @property
+    @functools.cached_property
     def image_ids(self) -> np.ndarray:
         return np.arange(len(self.paths))
 
@@ -35,11 +37,7 @@ class FileSource:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> dict:
-        return {
-            "image": preprocessing.center_crop(read_image(self.paths[index]), self.resolution),
-            "label": np.int32(self.labels[index]),
-            "image_id": np.int64(index),
-        }
+        return centred(self, index, self.resolution)
 
     def example(self, index: int) -> tuple[Image.Image, int]:
         return read_image(self.paths[index]), int(self.labels[index])
@@ -74,6 +72,7 @@ def open_folder(path: str, section: Section) -> Opened:
             f"{path}: found {found} of the sub-folders that make classes; put the images of each class into a "
             "sub-folder of its own, two classes at least"
         )
+    check_class_order(tuple(class_names), path)
     real_root = os.path.realpath(root)
     files = []
     for label, name in enumerate(class_names):

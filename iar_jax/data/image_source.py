@@ -1,12 +1,15 @@
 """What a source of labelled images is."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
+
+from iar_jax.data.preprocessing import center_crop
 
 
 @runtime_checkable
@@ -30,6 +33,17 @@ class ImageSource(Protocol):
     def example(self, index: int) -> tuple[Image.Image, int]: ...
 
 
+def centred(source: ImageSource, index: int, resolution: int) -> dict:
+    """`source[index]` of a source whose images are decoded when asked for: the centre square of the example, brought to
+    `resolution` pixels."""
+    image, label = source.example(index)
+    return {
+        "image": center_crop(image, resolution),
+        "label": np.int32(label),
+        "image_id": np.int64(source.image_ids[index]),
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class Subset:
     """Some images of a source."""
@@ -37,11 +51,11 @@ class Subset:
     source: ImageSource
     indices: np.ndarray
 
-    @property
+    @functools.cached_property
     def labels(self) -> np.ndarray:
         return self.source.labels[self.indices]
 
-    @property
+    @functools.cached_property
     def image_ids(self) -> np.ndarray:
         return self.source.image_ids[self.indices]
 
@@ -62,7 +76,7 @@ class ArraySource:
     images: UInt8[np.ndarray, "N R R 3"]
     labels: np.ndarray
 
-    @property
+    @functools.cached_property
     def image_ids(self) -> np.ndarray:
         return np.arange(len(self.labels))
 

@@ -10,7 +10,6 @@ import numpy as np
 from iar_jax.data.folder_images import open_folder
 from iar_jax.data.folder_images import read_image as read_image
 from iar_jax.data.image_source import ImageSource, Opened, Subset
-from iar_jax.data.imagenet import check_class_order
 from iar_jax.data.mnist import open_mnist5k
 from iar_jax.data.parquet_images import open_parquet
 from iar_jax.data.tfds_images import open_tfds
@@ -74,7 +73,6 @@ def _opened(items: tuple[tuple[str, Any], ...]) -> ImageDataset:
     section = dict(items)
     name, _, argument = section["source"].partition(":")
     found = SOURCES[name].open(argument, section)
-    check_class_order(found.class_names, section["source"])
     train, val, held_out = found.train, found.val, b""
     if val is None:
         check_counts(found.train.labels, found.class_names, section["source"])

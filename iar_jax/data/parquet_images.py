@@ -13,6 +13,7 @@ import struct
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +21,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from iar_jax.data import preprocessing
-from iar_jax.data.image_source import Opened
+from iar_jax.data.image_source import Opened, centred
+from iar_jax.data.imagenet import check_class_order
 from iar_jax.runtime.errors import UserError, brief
 from iar_jax.runtime.section import Section
 
@@ -32,6 +34,21 @@ TRAIN, VAL = "train", ("val", "test")
 KEPT = 8
 
 
+class RowGroup(NamedTuple):
+    """A row group: its file, its number there, and the row of the file that it begins with."""
+
+    path: Path
+    number: int
+    first: int
+
+
+class Footer(NamedTuple):
+    """What a parquet file says of itself: its row groups, and its columns."""
+
+    metadata: pq.FileMetaData
+    schema: pa.Schema
+
+
 class ParquetFiles:
     """Random access to the encoded images of some files, in their order; a row group is read as a whole.
 
@@ -40,14 +57,15 @@ class ParquetFiles:
     """
 
     def __init__(self, paths: Sequence[Path], column: str):
-        self.paths, self.column = paths, column
-        self.places: list[tuple[int, int]] = []  # file and row group
+        self.column = column
+        self.places: list[RowGroup] = []
         sizes = []
-        for number, path in enumerate(paths):
-            metadata = opened(path).metadata
+        for path in paths:
+            metadata, first = opened(path).metadata, 0
             for group in range(metadata.num_row_groups):
-                self.places.append((number, group))
+                self.places.append(RowGroup(path, group, first))
                 sizes.append(metadata.row_group(group).num_rows)
+                first += sizes[-1]
         self.starts = [0, *itertools.accumulate(sizes)]
         self.kept: collections.OrderedDict[int, pa.Array] = collections.OrderedDict()
         self.lock = threading.Lock()
@@ -61,17 +79,18 @@ class ParquetFiles:
 
     def where(self, index: int) -> str:
         """File and row, for people."""
-        number = self.places[bisect.bisect_right(self.starts, index) - 1][0]
-        first = next(start for (file, _), start in zip(self.places, self.starts, strict=False) if file == number)
-        return f"{self.paths[number]}: row {index - first}"
+        place = bisect.bisect_right(self.starts, index) - 1
+        path, _, first = self.places[place]
+        return f"{path}: row {first + index - self.starts[place]}"
 
     def row_group(self, place: int) -> pa.Array:
+        """The encoded images of a row group, kept for the next ones."""
         with self.lock:
             if place in self.kept:
                 self.kept.move_to_end(place)
                 return self.kept[place]
-        number, group = self.places[place]
-        found = column_of(self.paths[number], self.column, group)
+        path, group, _ = self.places[place]
+        found = column_of(path, self.column, group)
         with self.lock:
             self.kept[place] = found
             if len(self.kept) > KEPT:
@@ -94,12 +113,7 @@ class ParquetSource:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict:
-        image, label = self.example(index)
-        return {
-            "image": preprocessing.center_crop(image, self.resolution),
-            "label": np.int32(label),
-            "image_id": np.int64(self.image_ids[index]),
-        }
+        return centred(self, index, self.resolution)
 
     def example(self, index: int) -> tuple[Image.Image, int]:
         content, where = self.files[int(index)], self.files.where(int(index))
@@ -116,13 +130,14 @@ def open_parquet(path: str, section: Section) -> Opened:
         UserError: no such files, or without the columns; names those that they have.
     """
     splits = files_of_splits(Path(path).expanduser())
-    sample = opened(splits[TRAIN][0])
+    sample = opened(splits[TRAIN][0]).schema
     image_column = chosen_column(sample, section["image_column"], IMAGE_COLUMNS, "image_column", "images")
     label_column = chosen_column(sample, section["label_column"], LABEL_COLUMNS, "label_column", "labels")
     for file in itertools.chain(*splits.values()):
         check_columns(file, image_column, label_column)
     labels = {split: labels_of(paths, label_column) for split, paths in splits.items()}
     class_names = names_of_classes(sample, label_column) or numbered(labels[TRAIN])
+    check_class_order(class_names, section["source"])
     digest = hashlib.sha256(f"{section['resolution']} {image_column} {label_column}".encode())
     sources: dict[str, ParquetSource] = {}
     first_id = 0
@@ -158,36 +173,37 @@ def files_of_splits(root: Path) -> dict[str, list[Path]]:
 
 
 @functools.cache
-def opened(path: Path) -> pq.ParquetFile:
-    """The file's footer; rows are read by another handle, for threads.
+def opened(path: Path) -> Footer:
+    """The file's footer, read once; the file is closed again, for a set may have more files than may be open.
 
     Raises:
         UserError: it is not a parquet file, or has no rows.
     """
     try:
-        file = pq.ParquetFile(path)
+        with pq.ParquetFile(path) as file:
+            found = Footer(file.metadata, file.schema_arrow)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path} cannot be read as parquet ({brief(error)})") from error
-    if not file.metadata.num_rows:
+    if not found.metadata.num_rows:
         raise UserError(f"{path} has no rows")
-    return file
+    return found
 
 
-def chosen_column(file: pq.ParquetFile, given: str, usual: tuple[str, ...], field: str, what: str) -> str:
+def chosen_column(schema: pa.Schema, given: str, usual: tuple[str, ...], field: str, what: str) -> str:
     """The column that is given, or else the first of the usual ones that is there."""
-    columns = file.schema_arrow.names
     for name in (given,) if given else usual:
-        if name.partition(".")[0] in columns:
+        if name.partition(".")[0] in schema.names:
             return name
     asked = repr(given) if given else " or ".join(map(repr, usual))
     raise UserError(
-        f"the parquet files have no column {asked} of {what}; they have {', '.join(columns)}: set --config.data.{field}"
+        f"the parquet files have no column {asked} of {what}; they have {', '.join(schema.names)}: set "
+        f"--config.data.{field}"
     )
 
 
 def check_columns(path: Path, image_column: str, label_column: str) -> None:
     """Raises UserError where a file does not have encoded images and integer labels in these columns."""
-    schema = opened(path).schema_arrow
+    schema = opened(path).schema
     for column in (image_column, label_column):
         if column.partition(".")[0] not in schema.names:
             raise UserError(f"{path} has no column {column!r}; it has {', '.join(schema.names)}")
@@ -230,9 +246,9 @@ def labels_of(paths: Sequence[Path], column: str) -> np.ndarray:
     return np.concatenate(found)
 
 
-def names_of_classes(file: pq.ParquetFile, column: str) -> tuple[str, ...] | None:
+def names_of_classes(schema: pa.Schema, column: str) -> tuple[str, ...] | None:
     """Names that Hugging Face keeps in the schema; None where there are none."""
-    content = (file.schema_arrow.metadata or {}).get(b"huggingface")
+    content = (schema.metadata or {}).get(b"huggingface")
     try:
         return tuple(json.loads(content)["info"]["features"][column]["names"]) if content else None
     except (ValueError, KeyError, TypeError):

@@ -146,14 +146,17 @@ Augment = Callable[[np.ndarray, Section, np.random.Generator], np.ndarray]
 
 
 def unchanged(pixels: np.ndarray, section: Section, rng: np.random.Generator) -> np.ndarray:
+    """An `Augment` that leaves the image, uint8 [H, W, 3], as it is."""
     return pixels
 
 
 def moved(pixels: np.ndarray, section: Section, rng: np.random.Generator) -> np.ndarray:
+    """An `Augment`: `random_shift` by up to max_shift pixels."""
     return random_shift(pixels, section["max_shift"], rng)
 
 
 def cropped(pixels: np.ndarray, section: Section, rng: np.random.Generator) -> np.ndarray:
+    """An `Augment`: `random_crop_flip` with squares from smallest_crop of the side on."""
     return random_crop_flip(pixels, section["smallest_crop"], rng)
 
 

@@ -17,7 +17,8 @@ import numpy as np
 from PIL import Image
 
 from iar_jax.data import preprocessing
-from iar_jax.data.image_source import Opened
+from iar_jax.data.image_source import Opened, centred
+from iar_jax.data.imagenet import check_class_order
 from iar_jax.runtime.errors import UserError
 from iar_jax.runtime.progress import progress
 from iar_jax.runtime.section import Section
@@ -39,12 +40,7 @@ class TfdsSource:
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict:
-        picture, label = self.example(index)
-        return {
-            "image": preprocessing.center_crop(picture, self.resolution),
-            "label": np.int32(label),
-            "image_id": np.int64(self.image_ids[index]),
-        }
+        return centred(self, index, self.resolution)
 
     def example(self, index: int) -> tuple[Image.Image, int]:
         record = self.records[int(index)]
@@ -162,6 +158,7 @@ def open_tfds(name: str, section: Section) -> Opened:
     found = TfdsSplits(name, section["tfds_dir"], section["resolution"])
     if "train" not in found.sources:
         raise UserError(f"tfds:{name} has no train split")
+    check_class_order(found.class_names, f"tfds:{name}")
     val = found.sources.get("validation") or found.sources.get("test")
 
     def fingerprint(held_out: bytes) -> str:

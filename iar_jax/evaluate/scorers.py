@@ -79,6 +79,7 @@ def inception_scores(
 
 
 def classifier_cards(content: dict[str, Any], sampled: dict[str, Any], reconstructed: dict[str, Any]) -> Cards:
+    """Of the scores of samples and reconstructions, and of the classifier."""
     distance = sampled["frechet_distance"]
     ratio = f"{distance / reconstructed['frechet_distance']:.1f} x the reconstructions'"
     return [
@@ -89,6 +90,7 @@ def classifier_cards(content: dict[str, Any], sampled: dict[str, Any], reconstru
 
 
 def inception_cards(content: dict[str, Any], sampled: dict[str, Any], reconstructed: dict[str, Any]) -> Cards:
+    """Of the scores of samples and reconstructions."""
     ratio = f"{sampled['fid'] / reconstructed['fid']:.1f} x the reconstructions'"
     return [
         (f"{sampled['fid']:.2f}", f"FID of samples, {ratio}"),
@@ -97,10 +99,12 @@ def inception_cards(content: dict[str, Any], sampled: dict[str, Any], reconstruc
 
 
 def classifier_meaning(content: dict[str, Any]) -> str:
+    """That the scores hold on this data set alone."""
     return "Scores in the features of a classifier trained on the same data; they compare runs on this data set only."
 
 
 def inception_meaning(content: dict[str, Any]) -> str:
+    """Reference, weights and choice of labels."""
     weights = content["weights"]
     return (
         f"Scores by the protocol of the ADM suite against {files.describe(content['reference'])}; Inception weights "

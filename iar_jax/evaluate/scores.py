@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from iar_jax import sample
 from iar_jax.codebook.permutation import Permutation
 from iar_jax.config.relevance import relevant
 from iar_jax.data import image_grids
@@ -19,7 +20,6 @@ from iar_jax.data.codes import code_usage, read_permutation
 from iar_jax.data.images import ImageDataset, open_images
 from iar_jax.evaluate import reconstruction
 from iar_jax.evaluate.scorers import REAL, RECONSTRUCTED, SAMPLED, SCORERS, Cards
-from iar_jax.generators.generator import open_generator
 from iar_jax.generators.settings import samples_name
 from iar_jax.metrics import adm_suite, report
 from iar_jax.metrics.adm_suite import ImageSet
@@ -49,8 +49,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, Any]:
     """Scores the samples of config.sampling in the features of config.evaluation, and leaves STEP-SETTINGS.json and
     report.html in workdir/evaluation; returns the content of the first."""
     directory, section = workdir / "evaluation", config.evaluation
-    inputs = artifacts.open_inputs(config.inputs, workdir, "tokenizer", "codebook")
-    inputs["transformer"] = open_generator(config.inputs, workdir, config.sampling.step)
+    inputs = sample.open_inputs(config.inputs, workdir, config.sampling.step)
     name = samples_name(config.sampling, inputs["transformer"].metadata.figures["step"])
     samples = Artifact(workdir / "samples" / name, artifacts.require(workdir / "samples" / name, "sample"))
     artifacts.check_made_from(samples, inputs)

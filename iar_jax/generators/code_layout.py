@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Array, Int
 
+from iar_jax.runtime.artifacts import Artifact
+from iar_jax.runtime.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class CodeLayout:
@@ -66,3 +69,15 @@ class CodeLayout:
             found.append(codes[:, start : start + side**2].reshape(-1, side, side))
             start += side**2
         return found
+
+
+def layout_of(codes: Artifact, length: int) -> CodeLayout:
+    """The layout of extracted codes, of which an image has `length`.
+
+    Raises:
+        UserError: their metadata has another one, or none and they are not a square.
+    """
+    try:
+        return CodeLayout.recorded(codes.metadata.figures.get("layout"), length)
+    except ValueError as error:
+        raise UserError(f"{codes.directory}: {error}") from error

@@ -124,12 +124,20 @@ def generator_directory(section: Section, workdir: epath.Path) -> epath.Path:
     Args:
         section: config.inputs.
     """
-    own = artifacts.locate({**dict(section.items()), "transformer": ""}, workdir, "transformer")
-    return own if section["step"] else artifacts.locate(section, workdir, "transformer")
+    if section["step"]:
+        return workdir / artifacts.INPUTS["transformer"].default
+    return artifacts.locate(section, workdir, "transformer")
 
 
 def open_generator(section: Section, workdir: epath.Path, step: int) -> artifacts.Artifact:
-    """The generator of `generator_directory`; see `generator_at`."""
+    """The generator of `generator_directory`, finished or at the checkpoint of a step; see `generator_at`.
+
+    Args:
+        section: config.inputs.
+
+    Raises:
+        UserError: as `generator_at`.
+    """
     directory = generator_directory(section, workdir)
     return artifacts.Artifact(directory, generator_at(directory, step))
 

@@ -37,9 +37,9 @@ class Progress(NamedTuple):
     to_class: Float[Array, " B"]
 
     @property
-    def share(self) -> Float[Array, ""]:
-        """0 at the first code, 1 at the last."""
-        return self.position / jnp.maximum(self.num_tokens - 1, 1)
+    def last(self) -> int:
+        """The last position; 1 where there is but one, to divide by."""
+        return max(self.num_tokens - 1, 1)
 
 
 def constant(schedule: Schedule, cfg_scale: Float[Array, ""], at: Progress) -> Float[Array, ""]:
@@ -55,7 +55,7 @@ def interval(schedule: Schedule, cfg_scale: Float[Array, ""], at: Progress) -> F
 
 def linear(schedule: Schedule, cfg_scale: Float[Array, ""], at: Progress) -> Float[Array, ""]:
     """From `start` at the first code to the scale at the last."""
-    return schedule.start + (cfg_scale - schedule.start) * at.position / jnp.maximum(at.num_tokens - 1, 1)
+    return schedule.start + (cfg_scale - schedule.start) * at.position / at.last
 
 
 def power_cosine(schedule: Schedule, cfg_scale: Float[Array, ""], at: Progress) -> Float[Array, ""]:
@@ -67,7 +67,8 @@ def power_cosine(schedule: Schedule, cfg_scale: Float[Array, ""], at: Progress) 
 def iar2(schedule: Schedule, cfg_scale: Float[Array, ""], at: Progress) -> Float[Array, " B"]:
     """start + (s - start) w with w = t / (L - 1) + attention_weight * the attention to the class token (IAR2's
     adaptive scale)."""
-    return schedule.start + (cfg_scale - schedule.start) * (at.share + schedule.attention_weight * at.to_class)
+    weight = at.position / at.last + schedule.attention_weight * at.to_class
+    return schedule.start + (cfg_scale - schedule.start) * weight
 
 
 class Guidance(NamedTuple):

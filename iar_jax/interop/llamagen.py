@@ -132,7 +132,7 @@ def read_generator(path: str | Path, section: Section, facts: Facts) -> tuple[Au
         "config.model.hidden_dim": (section["hidden_dim"] or swiglu_hidden_dim(dim), network.hidden_dim),
         "config.model.num_kv_heads": (
             section["num_kv_heads"] or section["num_heads"],
-            network.num_kv_heads or network.num_heads,
+            network.block_fields()["num_kv_heads"],
         ),
         "the tokenizer's codebook_size": (facts.vocab_size, network.vocab_size),
     }

@@ -144,17 +144,7 @@ class Checkpoints:
         damaged: list[int] = []
         for step in sorted(self.manager.all_steps(), reverse=True):
             try:
-                restored = self.manager.restore(
-                    step,
-                    args=ocp.args.Composite(
-                        state=ocp.args.StandardRestore(dataclasses.replace(abstract_state, ema_params=None)),
-                        ema_params=ocp.args.StandardRestore(abstract_state.ema_params),
-                        info=ocp.args.JsonRestore(),
-                    ),
-                )
-                info = opened(restored["info"])
-                compare("its state", info.get("state_checksum"), restored["state"])
-                compare("its averaged weights", info.get("ema_checksum"), restored["ema_params"])
+                found = _restored(self.manager, step, abstract_state)
             except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
                 say(
                     f"WARNING: the checkpoint of step {step} in {self.directory} cannot be read ({brief(error)}); "
@@ -164,7 +154,7 @@ class Checkpoints:
                 continue
             for later in damaged:
                 self.manager.delete(later)
-            return dataclasses.replace(restored["state"], ema_params=restored["ema_params"]), info
+            return found
         if damaged:
             raise UserError(
                 f"{self.directory}: none of the checkpoints of steps {sorted(damaged)} can be read; they are left as "
@@ -221,21 +211,30 @@ def restore_state(directory: epath.Path, abstract_state: Any, step: int) -> tupl
     Raises:
         UserError: it is damaged, has weights alone, or does not fit the model and its optimizer.
     """
-    place = directory / str(step)
+    options = ocp.CheckpointManagerOptions(read_only=True)
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            rest = checkpointer.restore(
-                (place / "state").resolve(), dataclasses.replace(abstract_state, ema_params=None)
-            )
-            params = checkpointer.restore((place / "ema_params").resolve(), abstract_state.ema_params)
-        info = read_info(directory, step)
-        compare("its state", info.get("state_checksum"), rest)
-        compare("its averaged weights", info.get("ema_checksum"), params)
+        with ocp.CheckpointManager(directory.resolve(), options=options) as manager:
+            return _restored(manager, step, abstract_state)
     except Exception as error:  # Orbax and TensorStore raise many kinds
         raise UserError(
             f"{directory}: the state of step {step} cannot be read into this model ({brief(error)})"
         ) from error
-    return dataclasses.replace(rest, ema_params=params), info
+
+
+def _restored(manager: ocp.CheckpointManager, step: int, abstract_state: Any) -> tuple[Any, dict[str, int | float]]:
+    """State and info of the checkpoint of a step, held to their checksums; raises what Orbax raises, or ValueError."""
+    restored = manager.restore(
+        step,
+        args=ocp.args.Composite(
+            state=ocp.args.StandardRestore(dataclasses.replace(abstract_state, ema_params=None)),
+            ema_params=ocp.args.StandardRestore(abstract_state.ema_params),
+            info=ocp.args.JsonRestore(),
+        ),
+    )
+    info = opened(restored["info"])
+    compare("its state", info.get("state_checksum"), restored["state"])
+    compare("its averaged weights", info.get("ema_checksum"), restored["ema_params"])
+    return dataclasses.replace(restored["state"], ema_params=restored["ema_params"]), info
 
 
 @jax.jit

@@ -34,7 +34,10 @@ WEIGHT_SCHEDULES: dict[str, Callable[[float, float, int], optax.Schedule]] = {
 def learning_rate_schedule(
     kind: str, peak: float, warmup_steps: int, num_steps: int, decay_steps: int = 0
 ) -> optax.Schedule:
-    """A linear warm-up from 0, then a schedule of the table, which ends at num_steps."""
+    """A linear warm-up from 0 to `peak` in warmup_steps, then the schedule `kind` of SCHEDULES up to num_steps.
+
+    wsd falls in the last decay_steps; 0 is a tenth of the steps after the warm-up.
+    """
     after = SCHEDULES[kind](peak, num_steps - warmup_steps, decay_steps)
     return optax.join_schedules([optax.linear_schedule(0.0, peak, max(1, warmup_steps)), after], [warmup_steps])
 
@@ -70,8 +73,9 @@ def differs_so_far(old: Section, new: Section, steps_done: int | None) -> bool:
         steps_done = old["num_steps"]
     if new["num_steps"] < steps_done:
         return True
-    if not {old["schedule"], new["schedule"]} <= SCHEDULES.keys():
-        return True  # one that was added elsewhere, and is not known here
+    for field, known in (("schedule", SCHEDULES), ("cluster_weight_schedule", WEIGHT_SCHEDULES)):
+        if any(section[field] not in known for section in (old, new) if field in section):
+            return True  # one that was added elsewhere, and is not known here
     steps = np.arange(steps_done)
 
     def values(section):

@@ -50,3 +50,8 @@ def test_a_stable_run_may_begin_to_decay_and_lambda_may_not_have_been_another():
     assert differs_so_far(stable, stable | {"schedule": "wsd", "decay_steps": 20}, 90)
     assert differs_so_far(stable, stable | {"cluster_weight_schedule": "linear"}, 5)
     assert not differs_so_far(stable, stable | {"cluster_weight_schedule": "linear"}, 1)
+
+
+@pytest.mark.parametrize("field", ["schedule", "cluster_weight_schedule"])
+def test_a_schedule_that_is_not_known_here_is_a_difference(field):
+    assert differs_so_far(section(**{field: "of_another_config"}), section(), 5)

@@ -61,7 +61,7 @@ class Autoregressive:
         network = self.network
         return {
             "width of the model": (network.dim, "fsdp"),
-            "heads of keys and values": (network.num_kv_heads or network.num_heads, "tensor"),
+            "heads of keys and values": (network.block_fields()["num_kv_heads"], "tensor"),
             "hidden units": (network.hidden_dim, "tensor"),
             # The coarsest are the fewest.
             "clusters of codes": (network.vocab_size // self.objective.cluster_sizes[-1], "tensor"),
@@ -70,7 +70,7 @@ class Autoregressive:
     def flops(self, batch_size: int) -> float:
         """Of the products with weights, and attention's causal half."""
         network, length = self.network, self.layout.length
-        share_of_heads = (network.num_kv_heads or network.num_heads) / network.num_heads
+        share_of_heads = network.block_fields()["num_kv_heads"] / network.num_heads
         attention_weights = (2.0 + 2.0 * share_of_heads) * network.dim**2
         weights = network.num_layers * (attention_weights + 3 * network.dim * network.hidden_dim)
         weights += network.dim * network.vocab_size
