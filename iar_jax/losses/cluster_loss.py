@@ -23,7 +23,7 @@ axis "vocab"), and what crosses the `tensor` axis are sums and maxima, one numbe
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -96,7 +96,8 @@ def cluster_loss(
         raise ValueError(f"num_chunks {num_chunks} does not divide the {hidden.shape[1]} positions")
     weights = jnp.stack([jnp.asarray(weight, jnp.float32) for _, weight in levels])
     scale = None if position_weights is None else shares(position_weights, mean_of_rows)
-    return _cluster_loss(hidden, head, targets, weights, scale, sizes, num_chunks)
+    with jax.named_scope("cluster_loss"):
+        return _cluster_loss(hidden, head, targets, weights, scale, sizes, num_chunks)
 
 
 def check_sizes(sizes: Sequence[int], vocab_size: int) -> None:
@@ -173,24 +174,28 @@ def _chunked(hidden, head, targets, weights, scale, *, sizes, num_chunks, num_po
     batch, length, _ = hidden.shape
 
     def split(positions):
-        return positions.reshape(batch, num_chunks, length // num_chunks, *positions.shape[2:]).swapaxes(0, 1)
+        parts = positions.reshape(batch, num_chunks, length // num_chunks, *positions.shape[2:]).swapaxes(0, 1)
+        return parts.reshape(num_chunks, -1, *positions.shape[2:])
 
     def joined(parts):
-        return parts.swapaxes(0, 1).reshape(batch, length, *parts.shape[3:])
+        parts = parts.reshape(num_chunks, batch, length // num_chunks, *parts.shape[2:]).swapaxes(0, 1)
+        return parts.reshape(batch, length, *parts.shape[3:])
 
+    # Codes lead on TPUs: clusters are then whole rows of a tile, not parts of one. CPUs want them contiguous.
+    order = "VP" if _is_on_tpu() else "PV"
     columns = head.astype(hidden.dtype)
     first = jax.lax.axis_index(VOCAB_AXIS) * head.shape[1] if sharded else 0
 
     def one(total, chunk):
         rows, wanted, counts = chunk
-        logits = jnp.einsum("BLD,DV->BLV", rows, columns, preferred_element_type=jnp.float32)
-        losses, dlogits = _losses_and_gradient(logits, wanted - first, weights, sizes, sharded)
+        logits = jnp.einsum(f"PD,DV->{order}", rows, columns, preferred_element_type=jnp.float32)
+        losses, dlogits = _losses_and_gradient(logits, wanted - first, weights, sizes, sharded, order.index("V"))
         if not with_gradients:
             return total, (losses, None)
-        dlogits = dlogits / num_positions if counts is None else dlogits * counts[..., None]
+        dlogits = dlogits / num_positions if counts is None else dlogits * jnp.expand_dims(counts, order.index("V"))
         dlogits = dlogits.astype(hidden.dtype)
-        total += jnp.einsum("BLD,BLV->DV", rows, dlogits, preferred_element_type=jnp.float32)
-        dhidden = jnp.einsum("BLV,DV->BLD", dlogits, columns, preferred_element_type=jnp.float32)
+        total += jnp.einsum(f"PD,{order}->DV", rows, dlogits, preferred_element_type=jnp.float32)
+        dhidden = jnp.einsum(f"{order},DV->PD", dlogits, columns, preferred_element_type=jnp.float32)
         if sharded:
             dhidden = jax.lax.psum(dhidden, VOCAB_AXIS)
         return total, (losses, dhidden.astype(hidden.dtype))
@@ -207,73 +212,81 @@ def _chunked(hidden, head, targets, weights, scale, *, sizes, num_chunks, num_po
     return losses, (joined(dhidden), dhead)
 
 
-def _losses_and_gradient(logits, targets, weights, sizes, sharded):
+def _is_on_tpu() -> bool:
+    mesh = jax.sharding.get_abstract_mesh()
+    return bool(mesh.abstract_device) and mesh.abstract_device.platform == "tpu"
+
+
+def _losses_and_gradient(logits, targets, weights, sizes, sharded, axis):
     """Losses of one chunk and the gradient of token_loss + Σ λ · cluster_loss by its logits.
 
     Args:
-        logits: float32 [B, l, V] of this device's codes.
-        targets: ids counted from the device's first code: outside [0, V) where the target is on another device.
+        logits: float32, positions [P] by this device's codes [V], which are its axis `axis`.
+        targets: [P], ids counted from the device's first code: outside [0, V) where the target is on another device.
     """
     everywhere = functools.partial(jax.lax.psum, axis_name=VOCAB_AXIS) if sharded else lambda x: x
-    here = (targets >= 0) & (targets < logits.shape[-1])
+    num_codes = logits.shape[axis]
+    here = (targets >= 0) & (targets < num_codes)
 
-    def is_first_highest(values, places, wanted):
+    def each(positions):
+        return jnp.expand_dims(positions, axis)
+
+    def places(values):
+        return jax.lax.broadcasted_iota(jnp.int32, values.shape, axis)
+
+    def in_groups(values, size):
+        return values.reshape(*values.shape[:axis], -1, size, *values.shape[axis + 1 :])
+
+    def taken(values, group, size):
+        """Of the codes in groups of `size`, the group of each position; zeros where it is not there."""
+        grouped = in_groups(values, size)
+        wanted = jax.lax.broadcasted_iota(jnp.int32, grouped.shape, axis) == jnp.expand_dims(each(group), axis)
+        return jnp.sum(jnp.where(wanted, grouped, 0.0), axis=axis)
+
+    def is_first_highest(values, place, wanted, size=1):
         """1 where no value is above the wanted one, nor equal to it at a lower place, else 0."""
-        # Comparisons and a sum: an argmax is ten times slower on CPUs, and here would need to know its device.
-        before = jnp.arange(values.shape[-1]) < places[..., None]
-        ahead = (values > wanted[..., None]) | ((values == wanted[..., None]) & before)
-        return (everywhere(jnp.sum(ahead, axis=-1)) == 0).astype(jnp.float32)
+        # Comparisons and sums: an argmax is ten times slower on CPUs, and here would need to know its device.
+        ahead = (values > each(wanted)) | ((values == each(wanted)) & (places(values) < each(place)))
+        # In two sums, the first of which goes with that of the exponentials.
+        count = jnp.sum(jnp.sum(in_groups(ahead, size).astype(jnp.float32), axis=axis + 1), axis=axis)
+        return (everywhere(count) == 0).astype(jnp.float32)
 
-    highest = jnp.max(logits, axis=-1)
+    highest = jnp.max(logits, axis=axis)
     if sharded:
         highest = jax.lax.pmax(highest, VOCAB_AXIS)
-    grouped = logits.reshape(*logits.shape[:-1], -1, sizes[0])
-    exponentials = jnp.exp(grouped - highest[..., None, None])
-    sums = [exponentials.reshape(logits.shape)]
+    sums = [jnp.exp(logits - each(highest))]
     for finer, size in itertools.pairwise((1, *sizes)):
         # A coarser cluster's sum is that of the finer ones in it.
-        sums.append(jnp.sum(sums[-1].reshape(*logits.shape[:-1], -1, size // finer), axis=-1))
-    total = everywhere(jnp.sum(sums[1], axis=-1))
+        sums.append(jnp.sum(in_groups(sums[-1], size // finer), axis=axis + 1))
+    total = everywhere(jnp.sum(sums[1], axis=axis))
     lse = highest + jnp.log(total)
 
     # The target's coarsest cluster by itself, and the finer ones in it: their sums can be too small beside the highest
     # logit of all.
-    own = _taken(logits, targets // sizes[-1], sizes[-1])
-    within = targets % sizes[-1]
-    own_lse = [jax.nn.logsumexp(_taken(own, within // size, size), axis=-1) for size in sizes]
-    target_logit = jnp.take_along_axis(own, within[..., None], axis=-1)[..., 0]
+    own, within = taken(logits, targets // sizes[-1], sizes[-1]), targets % sizes[-1]
+    own_lse = [jax.nn.logsumexp(taken(own, within // size, size), axis=axis) for size in sizes]
+    target_logit = jnp.squeeze(taken(own, within, 1), axis)
     cluster_lse = [everywhere(jnp.where(here, x, 0.0)) for x in own_lse]
     target_logit = everywhere(jnp.where(here, target_logit, 0.0))
     cluster_hits = []
     for size, values in zip(sizes, sums[1:], strict=True):
-        own_sum = everywhere(jnp.where(here, _taken(values, targets // size, 1)[..., 0], 0.0))
+        own_sum = everywhere(jnp.where(here, jnp.squeeze(taken(values, targets // size, 1), axis), 0.0))
         cluster_hits.append(is_first_highest(values, targets // size, own_sum))
     losses = Losses(
         token_loss=lse - target_logit,
-        token_hit=is_first_highest(logits, targets, target_logit),
+        token_hit=is_first_highest(logits, targets, target_logit, sizes[0]),
         cluster_losses=tuple(lse - x for x in cluster_lse),
         cluster_hits=tuple(cluster_hits),
     )
-    place = jnp.arange(sizes[-1])
-    pulled: Any = 0.0
-    for i, size in enumerate(sizes):
-        share = weights[i] * jnp.exp(own - own_lse[i][..., None])
-        inside = place // size == (within // size)[..., None]
-        pulled += share if size == sizes[-1] else jnp.where(inside, share, 0.0)
-    pulled += place == within[..., None]
-    gradient = exponentials * ((1.0 + sum(weights[i] for i in range(len(sizes)))) / total)[..., None, None]
-    gradient = gradient.reshape(*logits.shape[:-1], -1, sizes[-1])
-    in_cluster = jnp.arange(gradient.shape[-2]) == jnp.where(here, targets // sizes[-1], -1)[..., None]
-    gradient -= jnp.where(in_cluster[..., None], pulled[..., None, :], 0.0)
-    return losses, gradient.reshape(logits.shape)
-
-
-def _taken(values, groups, size):
-    """Of the last axis in groups of `size`, the group of each row, [..., size]; any group that is there where the
-    wanted one is not."""
-    grouped = values.reshape(*values.shape[:-1], -1, size)
-    inside = jnp.clip(groups, 0, grouped.shape[-2] - 1)[..., None, None]
-    return jnp.take_along_axis(grouped, inside, axis=-2)[..., 0, :]
+    # One exponential a code: inside the target's cluster relative to the cluster's own lse, for its share of all can be
+    # too small to divide by.
+    code, base, factor = places(logits), each(lse), 1.0 + jnp.sum(weights)
+    for i in reversed(range(len(sizes))):
+        inside = code // sizes[i] == each(targets // sizes[i])
+        pulled = sum(weights[j] * jnp.exp(own_lse[i] - own_lse[j]) for j in range(i, len(sizes)))
+        share = (1.0 + jnp.sum(weights)) * jnp.exp(own_lse[i] - lse) - pulled
+        base, factor = jnp.where(inside, each(own_lse[i]), base), jnp.where(inside, each(share), factor)
+    return losses, jnp.exp(logits - base) * factor - (code == each(targets))
 
 
 def reference(logits: Float[Array, "*B V"], targets: Int[Array, "*B"], cluster_sizes: Sequence[int]) -> Losses:
