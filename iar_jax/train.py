@@ -24,7 +24,7 @@ from iar_jax.config.relevance import RelevantConfig, relevant
 from iar_jax.data import loader
 from iar_jax.data.codes import CodeSource, FirstCrop, random_crop_codes, read_permutation
 from iar_jax.generators.code_layout import layout_of
-from iar_jax.generators.generator import Generator, build_generator, generator_at, load_generator
+from iar_jax.generators.generator import KINDS, Generator, build_generator, generator_at, load_generator
 from iar_jax.generators.settings import Facts, Objective
 from iar_jax.runtime import artifacts, checkpoint, distributed, sharding
 from iar_jax.runtime.artifacts import Artifact
@@ -35,7 +35,7 @@ from iar_jax.training import generator_steps
 from iar_jax.training.loop import TrainingRun
 from iar_jax.training.optimizer import optimizer_of
 from iar_jax.training.schedules import cluster_weights_of, learning_rate_of
-from iar_jax.training.state import TrainState, skip_unless_finite
+from iar_jax.training.state import TrainState, skip_unless_finite, state_shardings
 
 READS = ("seed", "inputs", "mesh", "model", "training")
 
@@ -61,7 +61,10 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         sharding.use_mesh(mesh),
         TrainingRun.of(section, directory, "train", flops_per_step=generator.flops(section.batch_size)) as training,
     ):
-        state, shardings = sharding.initialise_sharded(init, mesh, jax.random.key(config.seed))
+        if runs := KINDS[config.model.kind].implementation(config.model, generator.facts, sharding.platform()):
+            say(f"train: {runs}")
+        key = jax.random.key(config.seed)
+        state, shardings = sharding.initialise_sharded(init, mesh, key, shardings_of=state_shardings)
         abstract = checkpoint.abstract_tree(state, shardings)
         initial = inputs.get("transformer")
         if initial and config.inputs.step:

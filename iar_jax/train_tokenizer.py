@@ -25,7 +25,7 @@ from iar_jax.runtime.progress import say
 from iar_jax.training import tokenizer_steps
 from iar_jax.training.loop import TrainingRun
 from iar_jax.training.optimizer import optimizer_of
-from iar_jax.training.state import TokenizerState, skip_unless_finite
+from iar_jax.training.state import TokenizerState, skip_unless_finite, state_shardings
 
 READS = ("seed", "mesh", "data", "tokenizer", "tokenizer_training")
 MADE_BY = ("seed", "data", "tokenizer", "tokenizer_training")
@@ -51,7 +51,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         sharding.use_mesh(mesh),
         TrainingRun.of(section, directory, "train_tokenizer") as training,
     ):
-        state, shardings = sharding.initialise_sharded(init, mesh, key)
+        state, shardings = sharding.initialise_sharded(init, mesh, key, shardings_of=state_shardings)
         state = training.resume(state, checkpoint.abstract_tree(state, shardings))
         compile_step = functools.partial(
             jax.jit, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh))

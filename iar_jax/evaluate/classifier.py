@@ -24,6 +24,7 @@ from iar_jax.training import classifier_steps
 from iar_jax.training.loop import TrainingRun
 from iar_jax.training.optimizer import make_optimizer
 from iar_jax.training.schedules import learning_rate_schedule
+from iar_jax.training.state import state_shardings
 
 
 class Judge(NamedTuple):
@@ -118,7 +119,7 @@ def train(
             retention=checkpoint.Retention(latest=1),
         ) as training,
     ):
-        state, shardings = sharding.initialise_sharded(init, mesh, key)
+        state, shardings = sharding.initialise_sharded(init, mesh, key, shardings_of=state_shardings)
         state = training.resume(state, checkpoint.abstract_tree(state, shardings))
         train_step = jax.jit(
             classifier_steps.make_classifier_train_step(

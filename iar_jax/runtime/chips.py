@@ -11,6 +11,7 @@ class Chip:
         memory: bytes.
         memory_rate, network_rate: bytes a second; the network's is one way, over all links of a chip together.
         flops: bf16 products, a second.
+        clock: cycles a second, where the compiler counts in cycles.
         platform: what JAX calls the maker's compiler.
         island: chips that the network rate holds between; above it, `outside_rate` does.
     """
@@ -20,6 +21,7 @@ class Chip:
     memory_rate: float
     flops: float
     network_rate: float
+    clock: float = 0.0
     island: int = 2**62
     outside_rate: float = 0.0
     source: str = ""
@@ -27,11 +29,13 @@ class Chip:
 
 
 TORUS_2D, TORUS_3D = 4, 6  # links of a chip
+# Clocks are those at which the matrix units that the compilers count with (131,072 FLOPs a cycle on v5e, 262,144 on
+# v5p, 524,288 on v6e) reach the peak. v4's compiler counts one of a chip's two cores, so its cycles tell no time.
 CHIPS = {
     "v4": Chip("TPU v4", 32e9, 1.2e12, 275e12, TORUS_3D * 45e9, source="Google Cloud's TPU v4 page"),
-    "v5e": Chip("TPU v5e", 16e9, 0.81e12, 197e12, TORUS_2D * 45e9, source="Google Cloud's TPU v5e page"),
-    "v5p": Chip("TPU v5p", 96e9, 2.8e12, 459e12, TORUS_3D * 90e9, source="Google Cloud's TPU v5p page"),
-    "v6e": Chip("TPU v6e", 32e9, 1.6e12, 918e12, TORUS_2D * 90e9, source="Google Cloud's TPU v6e page"),
+    "v5e": Chip("TPU v5e", 16e9, 0.81e12, 197e12, TORUS_2D * 45e9, 1.5e9, source="Google Cloud's TPU v5e page"),
+    "v5p": Chip("TPU v5p", 96e9, 2.8e12, 459e12, TORUS_3D * 90e9, 1.75e9, source="Google Cloud's TPU v5p page"),
+    "v6e": Chip("TPU v6e", 32e9, 1.6e12, 918e12, TORUS_2D * 90e9, 1.75e9, source="Google Cloud's TPU v6e page"),
     "h100": Chip(
         "H100 SXM",
         80e9,

@@ -1,6 +1,7 @@
 """The device mesh (data, fsdp, tensor), the logical axis rules, and shardings of trees."""
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from iar_jax.runtime.errors import UserError
 
@@ -80,6 +81,12 @@ def use_mesh(mesh: Mesh):
         yield mesh
 
 
+def platform() -> str:
+    """JAX's name (cpu, tpu, gpu) of what the mesh in force is made of; of the devices here where there is none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.default_backend() if mesh.empty or mesh.abstract_device is None else mesh.abstract_device.platform
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
@@ -126,9 +133,39 @@ def global_batch(mesh: Mesh, local_batch: Any) -> Any:
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), local_batch)
 
 
-def tree_shardings(mesh: Mesh, boxed: Any) -> Any:
+def tree_shardings(mesh: Mesh | AbstractMesh, boxed: Any) -> Any:
     """Shardings of an abstract tree whose leaves carry logical axes (flax boxes); leaves without are replicated."""
     return nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, LOGICAL_AXIS_RULES)
+
+
+def spread_shardings(mesh: Mesh | AbstractMesh, boxed: Any) -> Any:
+    """As `tree_shardings`, with each leaf split over `data` as well, along its first axis that divides.
+
+    For what every step reads and writes whole, but no product needs: optimizer state and averaged weights (ZeRO-1).
+    """
+    specs = nn.logical_to_mesh(nn.get_partition_spec(boxed), LOGICAL_AXIS_RULES)
+    return jax.tree.map(lambda leaf, spec: NamedSharding(mesh, _spread(mesh, leaf.shape, spec)), unbox(boxed), specs)
+
+
+def _spread(mesh: Mesh | AbstractMesh, shape: tuple[int, ...], spec: PartitionSpec) -> PartitionSpec:
+    count, axes = mesh.shape["data"], [*spec, *(None,) * (len(shape) - len(spec))]
+    # The largest axis first: small parts would be padded to the tiles of a chip.
+    for i in sorted(range(len(shape)), key=lambda i: -shape[i]):
+        own = axes[i] if isinstance(axes[i], tuple) else (axes[i],) if axes[i] else ()
+        if count > 1 and shape[i] % (count * math.prod(mesh.shape[axis] for axis in own)) == 0:
+            axes[i] = (*own, "data")
+            break
+    return PartitionSpec(*axes)
+
+
+def spread(tree: Any, boxed: Any) -> Any:
+    """An array tree split as `spread_shardings` would split `boxed`, which names its axes, over the mesh in force."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["data"] == 1:
+        return tree
+    # First as the rules alone split it: the products that made it would be cut into as many small ones.
+    tree = jax.lax.with_sharding_constraint(tree, tree_shardings(mesh, boxed))
+    return jax.lax.with_sharding_constraint(tree, spread_shardings(mesh, boxed))
 
 
 def unbox(boxed: Any) -> Any:
@@ -162,11 +199,16 @@ def check_divides(mesh: Mesh, sizes: dict[str, tuple[int, str]]) -> None:
             )
 
 
-def initialise_sharded(init: Callable[..., Any], mesh: Mesh, *args: Any) -> tuple[Any, Any]:
+def initialise_sharded(
+    init: Callable[..., Any],
+    mesh: Mesh,
+    *args: Any,
+    shardings_of: Callable[[Mesh, Any], Any] = tree_shardings,
+) -> tuple[Any, Any]:
     """Runs `init(*args)` so that every leaf is born on its devices, and returns (tree, shardings), unboxed.
 
     No device ever holds a whole leaf that the rules split.
     """
-    shardings = tree_shardings(mesh, jax.eval_shape(init, *args))
+    shardings = shardings_of(mesh, jax.eval_shape(init, *args))
     tree = jax.jit(lambda *a: unbox(init(*a)), out_shardings=shardings)(*args)
     return tree, shardings

@@ -9,7 +9,8 @@ import optax
 from jaxtyping import Array, Float, Int, Key
 
 from iar_jax.models.classifier import Classifier
-from iar_jax.training.state import TrainState, update_ema
+from iar_jax.training.optimizer import averaged, updated
+from iar_jax.training.state import TrainState
 
 
 def init_classifier_state(
@@ -33,9 +34,7 @@ def make_classifier_train_step(
 
     def train_step(state, images, labels):
         loss, grads = jax.value_and_grad(loss_fn)(state.params, images, labels, jax.random.fold_in(key, state.step))
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema_params = update_ema(state.ema_params, params, ema_decay, state.step)
-        return TrainState(state.step + 1, params, opt_state, ema_params), {"loss": loss}
+        params, opt_state = updated(optimizer, state, grads)
+        return TrainState(state.step + 1, params, opt_state, averaged(state, params, ema_decay)), {"loss": loss}
 
     return train_step

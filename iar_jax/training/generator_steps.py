@@ -9,7 +9,8 @@ import optax
 from jaxtyping import Array, Float, Key
 
 from iar_jax.generators.generator import Batch, Generator
-from iar_jax.training.state import TrainState, update_ema
+from iar_jax.training.optimizer import averaged, updated
+from iar_jax.training.state import TrainState
 
 Metrics = dict[str, Float[Array, ""]]
 
@@ -66,13 +67,11 @@ def make_train_step(
         step_key = jax.random.fold_in(key, state.step)
         weights = jnp.stack([jnp.float32(w(state.step) if callable(w) else w) for w in cluster_weights])
         grads, metrics = mean_gradient(state.params, batch, step_key, weights, state.ema_params)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema_params = update_ema(state.ema_params, params, ema_decay, state.step)
+        params, opt_state = updated(optimizer, state, grads, jax.eval_shape(generator.init, key))
         metrics |= {"grad_norm": optax.global_norm(grads)}
         if learning_rate is not None:
             metrics |= {"learning_rate": learning_rate(state.step)}
-        return TrainState(state.step + 1, params, opt_state, ema_params), metrics
+        return TrainState(state.step + 1, params, opt_state, averaged(state, params, ema_decay)), metrics
 
     return train_step
 

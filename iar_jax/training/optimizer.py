@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from iar_jax.runtime import sharding
 from iar_jax.runtime.section import Section
 from iar_jax.training.schedules import learning_rate_of
+from iar_jax.training.state import update_ema
 
 
 def matrices(params: Any) -> Any:
@@ -56,3 +58,25 @@ def optimizer_of(section: Section, decays: Callable[[Any], Any] = matrices) -> o
         clip_norm=section["clip_norm"],
         decays=decays,
     )
+
+
+def updated(optimizer: optax.GradientTransformation, state: Any, grads: Any, boxed: Any = None) -> tuple[Any, Any]:
+    """Parameters and optimizer state after one step.
+
+    On a mesh each device works on its own share of all leaves, over the data axis too (`sharding.spread`).
+
+    Args:
+        state: has `params` and `opt_state`.
+        boxed: shapes of the parameters with their logical axes; None where they have none.
+    """
+    names = state.params if boxed is None else boxed
+    with jax.named_scope("optimizer"):
+        grads, params = sharding.spread(grads, names), sharding.spread(state.params, names)
+        updates, opt_state = optimizer.update(grads, state.opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+
+def averaged(state: Any, params: Any, decay: float) -> Any:
+    """The averaged weights of a state (`ema_params`, `step`) after a step that led to `params`."""
+    with jax.named_scope("optimizer"):
+        return update_ema(state.ema_params, params, decay, state.step)

@@ -9,7 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Int
+
+from iar_jax.runtime import sharding
 
 
 @jax.tree_util.register_dataclass
@@ -57,6 +60,17 @@ class TokenizerState:
     ema_params: Any
     code_usage: Any
     discriminator: Any
+
+
+def state_shardings(mesh: Mesh, boxed: Any) -> Any:
+    """Of a state whose leaves carry their logical axes: parameters as the rules say, optimizer state and averaged
+    weights split over the data axis as well."""
+
+    def chosen(path, own, wide):
+        return wide if {"opt_state", "ema_params"} & {getattr(entry, "name", None) for entry in path} else own
+
+    own, wide = sharding.tree_shardings(mesh, boxed), sharding.spread_shardings(mesh, boxed)
+    return jax.tree_util.tree_map_with_path(chosen, own, wide)
 
 
 def skip_unless_finite(train_step: Callable) -> Callable:

@@ -14,7 +14,8 @@ from iar_jax.losses import tokenizer_losses
 from iar_jax.models.discriminator import PatchDiscriminator
 from iar_jax.models.quantizer import nearest_codes, normalize
 from iar_jax.models.vqgan import VQModel
-from iar_jax.training.state import DiscriminatorState, TokenizerState, update_ema
+from iar_jax.training.optimizer import averaged, updated
+from iar_jax.training.state import DiscriminatorState, TokenizerState
 
 Metrics = dict[str, Float[Array, "..."]]
 
@@ -120,16 +121,15 @@ def make_tokenizer_train_step(
         (loss, batch_stats), grads = jax.value_and_grad(discriminator_loss, has_aux=True)(
             old.params, old.batch_stats, images, jax.lax.stop_gradient(reconstructions)
         )
-        updates, opt_state = optimizer.update(grads, old.opt_state, old.params)
-        return DiscriminatorState(optax.apply_updates(old.params, updates), batch_stats, opt_state), loss
+        params, opt_state = updated(optimizer, old, grads)
+        return DiscriminatorState(params, batch_stats, opt_state), loss
 
     def train_step(state, images):
         (loss, (metrics, reconstructions, codes)), grads = jax.value_and_grad(tokenizer_loss, has_aux=True)(
             state.params, state, images
         )
         metrics |= {"loss": loss, "grad_norm": optax.global_norm(grads)}
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params, opt_state = updated(optimizer, state, grads)
         counts = jnp.zeros_like(state.code_usage).at[codes.reshape(-1)].add(1.0)
         share = counts * (state.code_usage.size / codes.size)
         code_usage = usage_decay * state.code_usage + (1.0 - usage_decay) * share
@@ -142,7 +142,7 @@ def make_tokenizer_train_step(
             step=state.step + 1,
             params=params,
             opt_state=opt_state,
-            ema_params=update_ema(state.ema_params, params, ema_decay, state.step),
+            ema_params=averaged(state, params, ema_decay),
             code_usage=code_usage,
             discriminator=new_discriminator,
         )

@@ -11,6 +11,7 @@ from iar_jax.runtime import sharding
 from iar_jax.runtime.errors import UserError
 from iar_jax.training.generator_steps import init_train_state
 from iar_jax.training.optimizer import make_optimizer
+from iar_jax.training.state import state_shardings
 
 
 def test_the_rest_of_the_devices_is_worked_out():
@@ -58,6 +59,34 @@ def test_every_large_leaf_of_the_state_is_split_and_none_is_ever_whole_on_a_devi
         assert seen == set(parts)
     for leaf, expected in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True):
         assert leaf.sharding.is_equivalent_to(expected, leaf.ndim)
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (4, 1, 2)])
+def test_optimizer_state_and_averages_are_split_over_data_too(shape):
+    mesh = sharding.make_mesh(*shape)
+    model = Autoregressive(Transformer(64, 10, 4, 32, 2, 4, 64))
+    optimizer = make_optimizer(1e-3, b1=0.9, b2=0.95, weight_decay=0.05, clip_norm=1.0)
+    state, _ = sharding.initialise_sharded(
+        lambda key: init_train_state(key, model, optimizer), mesh, jax.random.key(0), shardings_of=state_shardings
+    )
+    own = jax.tree.map(lambda leaf: leaf.addressable_shards[0].data.size, state.params)
+    names = {"wqkv", "wo", "w13", "w2", "token_table", "head", "class_table"}
+    for tree in (state.ema_params, *moments_of(state.opt_state)):
+        for (path, leaf), size in zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(own), strict=True):
+            if getattr(path[-1], "key", None) in names:
+                assert leaf.addressable_shards[0].data.size * shape[0] == size, path
+                # Every number is there once among the devices that the split is over.
+                assert len({str(shard.index) for shard in leaf.addressable_shards}) >= shape[0]
+
+
+def moments_of(opt_state):
+    """The trees of AdamW's moments, which are like the parameters."""
+    found = []
+    for part in jax.tree.leaves(opt_state, is_leaf=lambda leaf: hasattr(leaf, "mu")):
+        if hasattr(part, "mu"):
+            found += [part.mu, part.nu]
+    assert len(found) == 2
+    return found
 
 
 def test_initial_values_do_not_depend_on_the_mesh():
