@@ -20,7 +20,7 @@ from benchmarks.train_step import seconds
 from configs import imagenet
 from iar_jax.config.checks import grid_size
 from iar_jax.generators.code_layout import CodeLayout
-from iar_jax.generators.generator import build_generator
+from iar_jax.generators.generator import KINDS, build_generator
 from iar_jax.generators.settings import Facts, SamplingSettings
 from iar_jax.runtime.errors import UserError
 
@@ -64,23 +64,15 @@ def main() -> None:
     # Random weights, also where they begin at zero: the time does not depend on them.
     params = jax.tree.map(lambda leaf: 0.02 * jax.random.normal(jax.random.key(1), leaf.shape), params)
     settings = SamplingSettings(cfg_scale=options.cfg_scale, top_k=options.top_k, top_p=options.top_p)
-    itemsize = jnp.dtype(options.dtype).itemsize
-    layers, dim = config.model.num_layers, config.model.dim
-    # All but the tables of tokens and classes, which are looked up.
-    tables = (facts.vocab_size + facts.num_classes + 1) * dim
-    matrices = sum(leaf.size for leaf in jax.tree.leaves(params)) - tables
-    length, rows_an_image = facts.layout.length, 1 if options.cfg_scale == 1.0 else 2
+    sampling_work, length = KINDS[config.model.kind].sampling_work, facts.layout.length
+    assert sampling_work is not None
     print(f"{options.model}, {length} tokens, {options.dtype}, cfg {options.cfg_scale:g}, top_k {options.top_k}")
     print(f"{'batch':>6}{'GB/s':>7}{'GFLOP/s':>9}{'floor: bytes':>14}{'FLOPs':>9}{'took':>9}{'images/s':>10}", end="")
     print(f"{'tokens/s':>10}{'of floor':>10}")
     for batch in options.batches:
-        rows = batch * rows_an_image
         bytes_a_second, flops_a_second = machine_rates(options.dtype)
-        # On the mean, half of the positions hold something.
-        cache = rows * length / 2 * 2 * dim * layers * itemsize
-        reading = length * (matrices * itemsize + cache) / bytes_a_second
-        attention = rows * length / 2 * 4 * dim * layers
-        computing = length * (2 * rows * matrices + attention) / flops_a_second
+        work = sampling_work(generator, batch, settings)
+        reading, computing = work.bytes / bytes_a_second, work.flops / flops_a_second
         sampled, keys = np.arange(batch, dtype=np.int32), jax.random.split(jax.random.key(2), batch)
 
         def run(sampled=sampled, keys=keys):

@@ -23,13 +23,13 @@ import optax
 from ml_collections import ConfigDict
 
 from configs.imagenet import get_config
-from iar_jax.generators.autoregressive.rope import apply_rope, rope_table
 from iar_jax.generators.autoregressive.transformer import swiglu_hidden_dim
 from iar_jax.generators.code_layout import CodeLayout
 from iar_jax.generators.generator import Generator, build_generator
 from iar_jax.generators.settings import Facts, Objective
 from iar_jax.losses.cluster_loss import cluster_loss
-from iar_jax.models.attention import causal_attention
+from iar_jax.models.attention_blocks import causal_attention
+from iar_jax.models.rope import apply_rope, rope_table
 from iar_jax.runtime import sharding
 from iar_jax.training import generator_steps
 from iar_jax.training.optimizer import optimizer_of

@@ -249,8 +249,10 @@ SECTIONS: dict[str, Any] = {
             matters=False,
         ),
         "attention": Field(
-            "blocks",
-            "The implementation of attention: blocks, plain products, a block of queries at a time.",
+            "auto",
+            "The implementation of attention: auto, the fastest that the platform, dtype and length allow; fused, "
+            "rotary embedding and attention in one kernel for TPUs; splash, JAX's kernel for TPUs; cudnn, for GPUs; "
+            "blocks, plain products, a block of queries at a time.",
             Choices("iar_jax.models.attention:ATTENTIONS"),
             matters=False,
         ),
@@ -258,7 +260,11 @@ SECTIONS: dict[str, Any] = {
             128, "Queries that `blocks` takes together; 64 is a little faster on CPUs.", COUNT, matters=False
         ),
         "scan_unroll": Field(
-            1, "Layers compiled as one step of the scan; num_layers is fastest on CPUs.", COUNT, matters=False
+            1,
+            "Layers compiled as one step of the scan; 0 is all, which is fastest on CPUs and TPUs and takes longest to "
+            "compile.",
+            COUNT_OR_NONE,
+            matters=False,
         ),
     },
     "training": {

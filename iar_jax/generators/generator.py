@@ -15,9 +15,14 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
 from iar_jax.config.fields import defaults
-from iar_jax.generators.autoregressive.generator import build_autoregressive, check_autoregressive
+from iar_jax.generators.autoregressive.generator import (
+    build_autoregressive,
+    check_autoregressive,
+    implementation,
+    sampling_work,
+)
 from iar_jax.generators.code_layout import CodeLayout
-from iar_jax.generators.settings import NO_OBJECTIVE, Facts, Objective, SamplingSettings
+from iar_jax.generators.settings import NO_OBJECTIVE, Facts, Objective, SamplingSettings, Work
 from iar_jax.runtime import artifacts, checkpoint, sharding
 from iar_jax.runtime.errors import UserError, brief
 from iar_jax.runtime.section import Section
@@ -81,14 +86,19 @@ class Kind(NamedTuple):
     Attributes:
         build: makes one of config.model, its facts and its objective.
         check: raises UserError where fields of config.model do not go together, before anything runs.
+        implementation: what runs on a platform (cpu, tpu, gpu) where that is chosen by it, for the first line of a
+            training; raises UserError where config.model asks for what cannot run there.
+        sampling_work: what `sample` has to do at least for so many pictures on one device; None where it is not known.
     """
 
     build: Callable[[Section, Facts, Objective], Generator]
     check: Callable[[Section], None] = lambda section: None
+    implementation: Callable[[Section, Facts, str], str] = lambda section, facts, platform: ""
+    sampling_work: Callable[[Any, int, SamplingSettings], Work] | None = None
 
 
 # config.model.kind.
-KINDS = {"autoregressive": Kind(build_autoregressive, check_autoregressive)}
+KINDS = {"autoregressive": Kind(build_autoregressive, check_autoregressive, implementation, sampling_work)}
 
 
 def build_generator(section: Section, facts: Facts, objective: Objective = NO_OBJECTIVE) -> Generator:
@@ -158,7 +168,7 @@ def load_generator(directory: epath.Path, mesh: Mesh, step: int = 0) -> Loaded:
     """
     metadata = generator_at(directory, step)
     # A field that came with a later version was at its default before.
-    section = defaults("model") | metadata.config["model"] | {"scan_unroll": 1, "remat": "none"}
+    section = defaults("model") | metadata.config["model"] | {"scan_unroll": 1, "remat": "none", "attention": "auto"}
     if section["kind"] not in KINDS:
         raise UserError(f"{directory} is of the kind {section['kind']!r}; known here are {', '.join(KINDS)}")
     generator = build_generator(section, Facts.from_json(metadata.figures["facts"]))

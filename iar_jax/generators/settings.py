@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -58,6 +58,13 @@ class Objective:
 
 # For sampling, which measures nothing.
 NO_OBJECTIVE = Objective()
+
+
+class Work(NamedTuple):
+    """FLOPs of a computation, and bytes that it reads from memory at least."""
+
+    flops: float
+    bytes: float
 
 
 @dataclasses.dataclass(frozen=True)

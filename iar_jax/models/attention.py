@@ -1,91 +1,164 @@
-"""Causal attention that keeps no square of the length: scores are made block by block, and again in the backward pass.
+"""The implementations of attention, by name, and which of them a platform runs.
 
-Blocks of queries see only the keys up to their own end, so that the masked half costs little. Plain matrix products for
-any backend; what the backward pass needs of the scores is one float32 a position and head.
+Each takes queries, keys and values that are not turned yet, the rotary table of their positions, and a block size, and
+gives softmax(q k^T / sqrt(K)) v over the positions up to each one's own, in the dtype of the queries. Scores are
+float32 everywhere. Kernels run under `shard_map`, each device with its rows and heads.
 """
 
-import functools
-import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from iar_jax.models import attention_fused, attention_splash
+from iar_jax.models.attention_blocks import causal_attention
+from iar_jax.models.rope import apply_rope
+from iar_jax.runtime import sharding
+from iar_jax.runtime.errors import UserError
 
-def causal_attention(
-    q: Float[Array, "B T H K"], k: Float[Array, "B T H2 K"], v: Float[Array, "B T H2 K"], block_size: int
-) -> Float[Array, "B T H K"]:
-    """softmax(q k^T / sqrt(K)) v over the positions up to each one's own; scores in float32, result in q's dtype.
+Attend = Callable[
+    [Float[Array, "B T H K"], Float[Array, "B T H2 K"], Float[Array, "B T H2 K"], Float[Array, "T half 2"], int],
+    Float[Array, "B T H K"],
+]
 
-    H is a multiple of H2: consecutive query heads share a key-value head. Queries are taken in blocks of `block_size`.
+
+class Case(NamedTuple):
+    """What decides whether an implementation can run: JAX's name of the platform (cpu, tpu, gpu), dtype, dimensions of
+    a head, positions."""
+
+    platform: str
+    dtype: DTypeLike
+    head_dim: int
+    length: int
+
+
+class Attention(NamedTuple):
+    """An implementation.
+
+    Attributes:
+        attend: (q, k, v, rope, block_size) -> output; H is a multiple of H2, and consecutive query heads share a head
+            of keys and values.
+        why_not: what keeps it from running in a case; None where it can.
     """
-    group = q.shape[2] // k.shape[2]
-    k, v = (jnp.repeat(x, group, axis=2) if group > 1 else x for x in (k, v))
-    q = q * q.shape[-1] ** -0.5
-    return attend(*(x.swapaxes(1, 2) for x in (q, k, v)), block_size).swapaxes(1, 2)
+
+    attend: Attend
+    why_not: Callable[[Case], str | None] = lambda case: None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def attend(q, k, v, block_size):
-    """Heads lead: [B, H, T, K], q scaled."""
-    return attend_forward(q, k, v, block_size)[0]
+def blocks(q, k, v, rope, block_size):
+    return causal_attention(apply_rope(q, rope), apply_rope(k, rope), v, block_size)
 
 
-def attend_forward(q, k, v, block_size):
-    outputs, log_normalisers = [], []
-    for start, stop in blocks(q.shape[2], block_size):
-        scores = masked_scores(q, k, start, stop)
-        highest = jnp.max(scores, axis=-1, keepdims=True)
-        weights = jnp.exp(scores - highest)
-        total = jnp.sum(weights, axis=-1, keepdims=True)
-        mixed = product("bhts,bhsk->bhtk", weights.astype(v.dtype), v[:, :, :stop])
-        outputs.append((mixed / total).astype(q.dtype))
-        log_normalisers.append(highest + jnp.log(total))
-    output = jnp.concatenate(outputs, axis=2)
-    return output, (q, k, v, output, jnp.concatenate(log_normalisers, axis=2))
+def splash(q, k, v, rope, block_size):
+    return on_mesh(attention_splash.attend, apply_rope(q, rope), apply_rope(k, rope), v)
 
 
-def attend_backward(block_size, saved, g):
-    q, k, v, output, log_normalisers = saved
-    # Each row of d(scores) is weights * (d(weights) - their mean), and that mean is the row's g . output.
-    mean = jnp.sum(g.astype(jnp.float32) * output.astype(jnp.float32), axis=-1, keepdims=True)
-    dq, dk, dv = [], [], []
-    for start, stop in blocks(q.shape[2], block_size):
-        rows = slice(start, stop)
-        weights = jnp.exp(masked_scores(q, k, start, stop) - log_normalisers[:, :, rows])
-        dweights = product("bhtk,bhsk->bhts", g[:, :, rows], v[:, :, :stop])
-        dscores = (weights * (dweights - mean[:, :, rows])).astype(q.dtype)
-        dv.append(product("bhts,bhtk->bhsk", weights.astype(g.dtype), g[:, :, rows]))
-        dq.append(product("bhts,bhsk->bhtk", dscores, k[:, :, :stop]))
-        dk.append(product("bhts,bhtk->bhsk", dscores, q[:, :, rows]))
-    return (
-        jnp.concatenate(dq, axis=2).astype(q.dtype),
-        sum_of_prefixes(dk, k.shape[2]).astype(k.dtype),
-        sum_of_prefixes(dv, v.shape[2]).astype(v.dtype),
-    )
+def cudnn(q, k, v, rope, block_size):
+    head_dim = q.shape[-1]
+    padding = -head_dim % 8
+
+    def attend(*arrays):
+        # Causal by name: with a mask, cuDNN's gradients are wrong at some lengths.
+        out = jax.nn.dot_product_attention(
+            *(jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, padding))) for x in arrays),
+            is_causal=True,
+            scale=head_dim**-0.5,
+            implementation="cudnn",
+        )
+        return out[..., :head_dim]
+
+    return on_mesh(attend, apply_rope(q, rope), apply_rope(k, rope), v)
 
 
-attend.defvjp(attend_forward, attend_backward)
+def fused(q, k, v, rope, block_size):
+    def attend(*arrays):
+        return attention_fused.attend(*arrays, rope, block_size)
 
-# config.model.attention -> (q, k, v, block_size) -> output. Each is causal and takes grouped heads.
-ATTENTIONS: dict[str, Callable[..., Float[Array, "B T H K"]]] = {"blocks": causal_attention}
-
-product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-
-
-def blocks(length: int, size: int) -> list[tuple[int, int]]:
-    return [(start, min(start + size, length)) for start in range(0, length, size)]
+    return on_mesh(attend, q, k, v)
 
 
-def masked_scores(q, k, start: int, stop: int):
-    """Scores of the queries start .. stop with the keys up to stop, float32, -inf where a key comes later."""
-    scores = product("bhtk,bhsk->bhts", q[:, :, start:stop], k[:, :, :stop])
-    return jnp.where(jnp.arange(stop) <= jnp.arange(start, stop)[:, None], scores, -math.inf)
+def on_mesh(attend: Callable, *arrays: Float[Array, "B T _ K"]) -> Float[Array, "B T H K"]:
+    """Runs a function of queries, keys and values on each device's rows and heads."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return attend(*arrays)
+    # A model's initialisation has one row.
+    shared = arrays[0].shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
+    spec = PartitionSpec(sharding.BATCH_SPEC[0] if shared else None, None, "tensor", None)
+    return jax.shard_map(attend, in_specs=(spec,) * len(arrays), out_specs=spec, check_vma=False)(*arrays)
 
 
-def sum_of_prefixes(parts, length: int):
-    """Sum of arrays that cover the positions from 0 on, each a little further than the last."""
-    return functools.reduce(
-        jnp.add, (jnp.pad(part, [(0, 0), (0, 0), (0, length - part.shape[2]), (0, 0)]) for part in parts)
-    )
+def why_not_a_kernel(platform: str, name: str) -> Callable[[Case], str | None]:
+    def why_not(case: Case) -> str | None:
+        if case.platform != platform:
+            return f"is for {name}"
+        if jnp.dtype(case.dtype) not in (jnp.bfloat16, jnp.float16):
+            return f"takes bfloat16, not {jnp.dtype(case.dtype).name} (config.model.dtype)"
+        return None
+
+    return why_not
+
+
+def why_not_cudnn(case: Case) -> str | None:
+    if reason := why_not_a_kernel("gpu", "GPUs")(case):
+        return reason
+    return "takes heads of 128 dimensions at most" if case.head_dim > 128 else None
+
+
+def why_not_fused(case: Case) -> str | None:
+    if reason := why_not_a_kernel("tpu", "TPUs")(case):
+        return reason
+    if case.length > attention_fused.LONGEST:
+        return f"keeps all keys on the chip, of {attention_fused.LONGEST} positions at most"
+    return None
+
+
+AUTO = "auto"
+# config.model.attention. auto takes the first that can run, in this order.
+ATTENTIONS: dict[str, Attention | None] = {
+    AUTO: None,
+    "fused": Attention(fused, why_not_fused),
+    "splash": Attention(splash, why_not_a_kernel("tpu", "TPUs")),
+    "cudnn": Attention(cudnn, why_not_cudnn),
+    "blocks": Attention(blocks),
+}
+
+
+class Choice(NamedTuple):
+    """The name of what runs, and why faster ones of this platform do not, "" where there are none."""
+
+    name: str
+    reason: str
+
+
+def choose(kind: str, case: Case) -> Choice:
+    """What `kind` means in a case.
+
+    Raises:
+        UserError: it cannot run there.
+    """
+    reasons = {name: found.why_not(case) for name, found in ATTENTIONS.items() if found}
+    able = [name for name, reason in reasons.items() if reason is None]
+    if kind != AUTO:
+        if reasons[kind]:
+            raise UserError(
+                f"config.model.attention is {kind}, which {reasons[kind]}; on this platform ({case.platform}, "
+                f"{jnp.dtype(case.dtype).name}, heads of {case.head_dim}) there are {AUTO}, {', '.join(able)}"
+            )
+        return Choice(kind, "")
+    elsewhere = {"cpu": "", "tpu": "is for GPUs", "gpu": "is for TPUs"}.get(case.platform, "")
+    passed = list(reasons)[: list(reasons).index(able[0])]
+    told = [f"{name} {reasons[name]}" for name in passed if elsewhere and reasons[name] != elsewhere]
+    return Choice(able[0], "; ".join(told))
+
+
+def attend(kind: str, q, k, v, rope, block_size: int) -> Float[Array, "B T H K"]:
+    """Attention by the implementation that `kind` means on the platform of the mesh in force."""
+    case = Case(sharding.platform(), q.dtype, q.shape[-1], q.shape[1])
+    chosen = ATTENTIONS[choose(kind, case).name]
+    assert chosen is not None
+    return chosen.attend(q, k, v, rope, block_size)

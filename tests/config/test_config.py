@@ -60,7 +60,11 @@ def test_a_folder_with_a_comma_keeps_its_name():
         ("sampling.temperature", 0.0, r"temperature is 0.0; allowed are numbers in \(0, inf\)"),
         ("training.schedule", "step", "'step'; allowed are 'constant', 'cosine', 'linear', 'wsd'"),
         ("model.kind", "diffusion", "config.model.kind is 'diffusion'; allowed are 'autoregressive'"),
-        ("model.attention", "flash", "config.model.attention is 'flash'; allowed are 'blocks'"),
+        (
+            "model.attention",
+            "flash",
+            "config.model.attention is 'flash'; allowed are 'auto', 'fused', 'splash', 'cudnn', 'blocks'",
+        ),
         ("data.source", "zip:a", "'zip:a'; allowed are 'mnist5k', 'folder:PATH', 'tfds:NAME', 'parquet:PATH'"),
         ("evaluation.features", "clip", "'clip'; allowed are 'classifier', 'inception'"),
         ("codebook.cluster_sizes", (8, 12), r"cluster_sizes is \(8, 12\): 8 does not divide 12"),

@@ -7,11 +7,11 @@ from safetensors.numpy import save_file
 
 from iar_jax.config.fields import defaults
 from iar_jax.generators.autoregressive.decoding import generate
-from iar_jax.generators.autoregressive.rope import rope_table
 from iar_jax.generators.code_layout import CodeLayout
 from iar_jax.generators.settings import Facts
 from iar_jax.interop import llamagen
 from iar_jax.interop.torch_files import read_torch_file
+from iar_jax.models.rope import rope_table
 from iar_jax.runtime.errors import UserError
 from tests.generators.autoregressive.test_transformer import initial, small
 

@@ -1,4 +1,5 @@
-"""One step of decoding: the transformer for a single position of each row, with its keys and values kept.
+"""One step of decoding on CPUs: the transformer for a single position of each row, with its keys and values kept.
+`decode_rows` is the same step for TPUs and GPUs, by the same names.
 
 The same function as `Transformer`, laid out for what a step costs, which is reading weights and cache: weights lie
 [out, in] and activations [D, B], so that products take weights as they lie; they are cast and padded once before the
@@ -15,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from iar_jax.generators.autoregressive.rope import rope_table
 from iar_jax.generators.autoregressive.transformer import Transformer
+from iar_jax.models.rope import rope_table
 
 # Heads are padded with zeros to a multiple of so many dimensions, for aligned reads: 3B's have 100.
 HEAD_DIM_MULTIPLE = 8
@@ -94,6 +95,16 @@ def decode_weights(module: Transformer, params: Any) -> DecodeWeights:
     return cast._replace(rope=weights.rope)
 
 
+def both(conditional: Int[Array, " B"], unconditional: Int[Array, " B"]) -> Int[Array, " both"]:
+    """Labels or codes of guidance's two rows of each image: the conditional ones, then the others."""
+    return jnp.concatenate([conditional, unconditional])
+
+
+def conditional_first(rows: Float[Array, "... both"]) -> Float[Array, "... both"]:
+    """As `decode_rows.conditional_first`: here they are."""
+    return rows
+
+
 def empty_cache(module: Transformer, batch_size: int, length: int) -> list[LayerCache]:
     """Zeros for the keys and values of every layer at `length` positions, sharded over rows and heads."""
     kv_heads, head_dim = module.block_fields()["num_kv_heads"], padded_head_dim(module)
@@ -153,21 +164,24 @@ def decode_step(
     to_class = jnp.zeros(num_rows)
     new_cache = []
     for layer, layer_cache in zip(weights.layers, cache, strict=True):
-        normed = rms_norm(x, layer.attention_norm, module.norm_eps)
-        qkv = (layer.qkv.reshape(-1, module.dim) @ normed).reshape(*layer.qkv.shape[:3], num_rows)
-        qkv = nn.with_logical_constraint(qkv, ("heads", None, None, "batch"))
-        qk, v = jnp.moveaxis(turn(qkv[:, :-1], rope), -1, 0), jnp.moveaxis(qkv[:, -1:], -1, 0)
-        layer_cache = layer_cache._replace(
-            recent_keys=jax.lax.dynamic_update_slice_in_dim(layer_cache.recent_keys, qk[:, :, -1:], offset, axis=2),
-            values=jax.lax.dynamic_update_slice_in_dim(layer_cache.values, v, position, axis=2),
-        )
-        out, to_class = attend(qk[:, :, :-1], scale, position, layer_cache)
-        x = x + layer.out.reshape(module.dim, -1) @ out.reshape(num_rows, -1).T.astype(x.dtype)
-        normed = rms_norm(x, layer.ffn_norm, module.norm_eps)
-        gate, up = (layer.gate_and_up.reshape(-1, module.dim) @ normed).reshape(2, module.hidden_dim, num_rows)
-        x = x + layer.down @ nn.with_logical_constraint(nn.silu(gate) * up, ("hidden", "batch"))
+        with jax.named_scope("attention"):
+            normed = rms_norm(x, layer.attention_norm, module.norm_eps)
+            qkv = (layer.qkv.reshape(-1, module.dim) @ normed).reshape(*layer.qkv.shape[:3], num_rows)
+            qkv = nn.with_logical_constraint(qkv, ("heads", None, None, "batch"))
+            qk, v = jnp.moveaxis(turn(qkv[:, :-1], rope), -1, 0), jnp.moveaxis(qkv[:, -1:], -1, 0)
+            layer_cache = layer_cache._replace(
+                recent_keys=jax.lax.dynamic_update_slice_in_dim(layer_cache.recent_keys, qk[:, :, -1:], offset, axis=2),
+                values=jax.lax.dynamic_update_slice_in_dim(layer_cache.values, v, position, axis=2),
+            )
+            out, to_class = attend(qk[:, :, :-1], scale, position, layer_cache)
+            x = x + layer.out.reshape(module.dim, -1) @ out.reshape(num_rows, -1).T.astype(x.dtype)
+        with jax.named_scope("feed_forward"):
+            normed = rms_norm(x, layer.ffn_norm, module.norm_eps)
+            gate, up = (layer.gate_and_up.reshape(-1, module.dim) @ normed).reshape(2, module.hidden_dim, num_rows)
+            x = x + layer.down @ nn.with_logical_constraint(nn.silu(gate) * up, ("hidden", "batch"))
         new_cache.append(layer_cache)
-    logits = weights.head @ rms_norm(x, weights.norm, module.norm_eps)
+    with jax.named_scope("head"):
+        logits = weights.head @ rms_norm(x, weights.norm, module.norm_eps)
     return nn.with_logical_constraint(logits, ("vocab", "batch")), new_cache, to_class
 
 

@@ -9,17 +9,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from iar_jax.generators import guidance
-from iar_jax.generators.autoregressive.decode_step import (
-    block_length,
-    decode_step,
-    decode_weights,
-    embed,
-    empty_cache,
-    grown,
-    moved,
-)
+from iar_jax.generators.autoregressive import decode_rows, decode_step
+from iar_jax.generators.autoregressive.decode_step import block_length
 from iar_jax.generators.autoregressive.transformer import Transformer
 from iar_jax.generators.guidance import CONSTANT, Schedule
+from iar_jax.runtime import sharding
 
 # The cache grows this many times on the way, so that a step reads few positions that hold nothing yet; each time costs
 # a compilation of the step. Short sequences do without.
@@ -70,8 +64,8 @@ def generate(
         params,
         jnp.asarray(labels, jnp.int32),
         keys,
-        jnp.float32(cfg_scale),
-        jnp.float32(temperature),
+        np.float32(cfg_scale),
+        np.float32(temperature),
         guided=guidance.is_guided(schedule, cfg_scale),
         top_k=top_k,
         top_p=top_p,
@@ -90,16 +84,18 @@ def part_ends(module: Transformer) -> list[int]:
 
 @functools.partial(jax.jit, static_argnames=("module", "guided", "top_k", "top_p", "greedy", "schedule"))
 def _generate(module, params, labels, keys, cfg_scale, temperature, *, guided, top_k, top_p, greedy, schedule):
-    weights = decode_weights(module, params)
+    # What reads well on a CPU is not what a matrix unit wants.
+    layout = decode_step if sharding.platform() == "cpu" else decode_rows
+    weights = layout.decode_weights(module, params)
     block = block_length(module)
     if guided:
-        labels = jnp.concatenate([labels, jnp.full_like(labels, module.null_class)])
+        labels = layout.both(labels, jnp.full_like(labels, module.null_class))
 
     def choose(logits: Float[Array, "V B"], to_class, position):
         logits = logits.astype(jnp.float32)
         if guided:
-            to_class = jnp.split(to_class, 2)[0]
-            scale = guidance.scale_at(schedule, cfg_scale, position, module.num_tokens, to_class)
+            logits, to_class = layout.conditional_first(logits), layout.conditional_first(to_class)
+            scale = guidance.scale_at(schedule, cfg_scale, position, module.num_tokens, jnp.split(to_class, 2)[0])
             logits = guidance.guide(logits, scale)
         if greedy:
             return jnp.argmax(logits, axis=0).astype(jnp.int32)
@@ -110,18 +106,20 @@ def _generate(module, params, labels, keys, cfg_scale, temperature, *, guided, t
     def decode_block(carry, start):
         def step(carry, position):
             x, cache = carry
-            logits, cache, to_class = decode_step(module, weights, x, position, cache)
-            codes = choose(logits, to_class, position)
-            inputs = jnp.concatenate([codes, codes]) if guided else codes
-            return (embed(weights, inputs), cache), codes
+            logits, cache, to_class = layout.decode_step(module, weights, x, position, cache)
+            with jax.named_scope("drawing"):
+                codes = choose(logits, to_class, position)
+            inputs = layout.both(codes, codes) if guided else codes
+            return (layout.embed(weights, inputs), cache), codes
 
         (x, cache), codes = jax.lax.scan(step, carry, start + jnp.arange(block))
-        return (x, moved(cache, start)), codes
+        return (x, layout.moved(cache, start)), codes
 
-    x = module.apply({"params": params}, labels, method="embed_labels")[:, 0].T
-    cache, found, begin = empty_cache(module, labels.shape[0], 0), [], 0
+    x = module.apply({"params": params}, labels, method="embed_labels")[:, 0]
+    x = x.T if layout is decode_step else x
+    cache, found, begin = layout.empty_cache(module, labels.shape[0], 0), [], 0
     for end in part_ends(module):
-        (x, cache), codes = jax.lax.scan(decode_block, (x, grown(cache, end)), jnp.arange(begin, end, block))
+        (x, cache), codes = jax.lax.scan(decode_block, (x, layout.grown(cache, end)), jnp.arange(begin, end, block))
         found.append(codes.reshape(end - begin, -1))
         begin = end
     return jnp.concatenate(found).T

@@ -13,8 +13,10 @@ from iar_jax.config.checks import divisors_near
 from iar_jax.generators.autoregressive.decoding import generate
 from iar_jax.generators.autoregressive.transformer import Transformer, swiglu_hidden_dim
 from iar_jax.generators.code_layout import CodeLayout
-from iar_jax.generators.settings import NO_OBJECTIVE, Facts, Objective, SamplingSettings
+from iar_jax.generators.guidance import is_guided
+from iar_jax.generators.settings import NO_OBJECTIVE, Facts, Objective, SamplingSettings, Work
 from iar_jax.losses.cluster_loss import cluster_loss
+from iar_jax.models.attention import Case, choose
 from iar_jax.runtime.errors import UserError
 from iar_jax.runtime.section import Section
 
@@ -157,7 +159,7 @@ def check_autoregressive(section: Section) -> None:
     if section["scan_unroll"] > section["num_layers"]:
         raise UserError(
             f"config.model.scan_unroll is {section['scan_unroll']}; allowed are 1 to config.model.num_layers "
-            f"({section['num_layers']})"
+            f"({section['num_layers']}), and 0 for all"
         )
 
 
@@ -180,3 +182,27 @@ def build_autoregressive(section: Section, facts: Facts, objective: Objective) -
         **{name: section[name] for name in FIELDS},
     )
     return Autoregressive(network, objective)
+
+
+def implementation(section: Section, facts: Facts, platform: str) -> str:
+    """The attention that runs on a platform, and why faster ones of it do not."""
+    head_dim = section["dim"] // section["num_heads"]
+    case = Case(platform, jnp.dtype(section["dtype"]), head_dim, facts.layout.length)
+    chosen = choose(section["attention"], case)
+    return f"attention: {chosen.name}" + (f" ({chosen.reason})" if chosen.reason else "")
+
+
+def sampling_work(generator: Autoregressive, batch_size: int, settings: SamplingSettings) -> Work:
+    """Weights, and the positions of the cache that hold something, are read for every code; products take what
+    `flops` counts, forward alone."""
+    network, length = generator.network, generator.layout.length
+    rows = batch_size * (2 if is_guided(settings.schedule, settings.cfg_scale) else 1)
+    itemsize = jnp.dtype(settings.dtype or network.dtype).itemsize
+    head_dim = network.dim // network.num_heads
+    kv_dim = network.block_fields()["num_kv_heads"] * head_dim
+    layer = 2 * network.dim**2 + 2 * network.dim * kv_dim + 3 * network.dim * network.hidden_dim
+    # The tables of tokens and classes are looked up.
+    weights = network.num_layers * layer + network.dim * network.vocab_size
+    # On the mean, half of the positions hold something.
+    cache = rows * length / 2 * 2 * kv_dim * network.num_layers
+    return Work(generator.flops(rows) / 3, length * itemsize * (weights + cache))

@@ -9,12 +9,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from iar_jax.generators.autoregressive.rope import apply_rope, rope_table
-from iar_jax.models.attention import ATTENTIONS
-from iar_jax.models.remat import REMAT_POLICIES
+from iar_jax.models.attention import attend
+from iar_jax.models.remat import KEPT, REMAT_POLICIES
+from iar_jax.models.rope import rope_table
 
 
 def swiglu_hidden_dim(dim: int) -> int:
@@ -36,7 +37,8 @@ class RMSNorm(nn.Module):
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         weight = self.param("weight", partitioned(nn.initializers.ones, "norm"), (x.shape[-1],))
         x32 = x.astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
+        normed = x32 * checkpoint_name(inverse, KEPT)
         return normed.astype(self.dtype) * weight.astype(self.dtype)
 
 
@@ -59,7 +61,8 @@ class Dropout(nn.Module):
         words = jax.random.bits(self.make_rng("dropout"), (batch, -(-length // 2), dim), jnp.uint32)
         draws = jnp.concatenate([words & 0xFFFF, words >> 16], axis=1)[:, :length]
         dropped = round(self.rate * 2**16)
-        return jnp.where(draws >= dropped, x * (2**16 / (2**16 - dropped)), 0.0).astype(x.dtype)
+        stays = checkpoint_name(draws >= dropped, KEPT)
+        return jnp.where(stays, x * (2**16 / (2**16 - dropped)), 0.0).astype(x.dtype)
 
 
 class Attention(nn.Module):
@@ -87,16 +90,22 @@ class Attention(nn.Module):
             (dim, self.num_kv_heads, group + 2, head_dim),
         )
         wo = self.param("wo", partitioned(init, "heads", "head_dim", "embed"), (self.num_heads, head_dim, dim))
-        # As plain matrices, whose gradients need no transposed copies of the weights; heads lead, so a split over them
-        # stays one.
-        qkv = x.reshape(-1, dim) @ wqkv.astype(self.dtype).reshape(dim, -1)
-        qkv = qkv.reshape(*x.shape[:2], *wqkv.shape[1:])
-        qkv = nn.with_logical_constraint(qkv, ("batch", None, "heads", None, None))
-        q = qkv[:, :, :, :group].reshape(*x.shape[:2], self.num_heads, head_dim)
-        k, v = qkv[:, :, :, group], qkv[:, :, :, group + 1]
-        q, k = apply_rope(q, rope), apply_rope(k, rope)
-        out = ATTENTIONS[self.kind](q, k, v, self.block_size)
-        return (out.reshape(-1, dim) @ wo.astype(self.dtype).reshape(-1, dim)).reshape(x.shape)
+        tokens = x.reshape(-1, dim)
+
+        def heads(weights):
+            # As a plain matrix, and behind a barrier, so that its gradient is one too and needs no transposed copies of
+            # activations; heads lead, so a split over them stays one. The product is kept as it leaves the matrix unit:
+            # TPUs would pad narrow heads.
+            matrix = jax.lax.optimization_barrier(weights.astype(self.dtype).reshape(dim, -1))
+            out = (tokens @ matrix).reshape(*x.shape[:2], -1)
+            out = checkpoint_name(nn.with_logical_constraint(out, ("batch", None, "heads")), KEPT)
+            return out.reshape(*x.shape[:2], -1, head_dim)
+
+        q, k, v = heads(wqkv[:, :, :group]), heads(wqkv[:, :, group]), heads(wqkv[:, :, group + 1])
+        out = attend(self.kind, q, k, v, rope, self.block_size).reshape(x.shape)
+        out = checkpoint_name(nn.with_logical_constraint(out, ("batch", None, "heads")), KEPT)
+        matrix = jax.lax.optimization_barrier(wo.astype(self.dtype).reshape(-1, dim))
+        return (out.reshape(-1, dim) @ matrix).reshape(x.shape)
 
 
 class FeedForward(nn.Module):
@@ -112,9 +121,13 @@ class FeedForward(nn.Module):
         init = nn.initializers.normal(self.init_std)
         w13 = self.param("w13", partitioned(init, "embed", "gate", "hidden"), (dim, 2, self.hidden_dim))
         w2 = self.param("w2", partitioned(init, "hidden", "embed"), (self.hidden_dim, dim))
-        tokens, w13 = x.reshape(-1, dim), w13.astype(self.dtype)
-        gate, up = (nn.with_logical_constraint(tokens @ w13[:, i], ("batch", "hidden")) for i in range(2))
-        hidden = nn.silu(gate) * up
+        tokens = x.reshape(-1, dim)
+
+        def half(weights):
+            out = nn.with_logical_constraint(tokens @ weights.astype(self.dtype), ("batch", "hidden"))
+            return checkpoint_name(out, KEPT)
+
+        hidden = nn.silu(half(w13[:, 0])) * half(w13[:, 1])
         return (hidden @ w2.astype(self.dtype)).reshape(x.shape)
 
 
@@ -146,7 +159,7 @@ class Block(nn.Module):
             self.dtype,
             name="attention",
         )(normed, rope)
-        x = x + self.residual(out, self.residual_dropout_rate)
+        x = checkpoint_name(x + self.residual(out, self.residual_dropout_rate), KEPT)
         normed = RMSNorm(self.norm_eps, self.dtype, name="ffn_norm")(x)
         out = FeedForward(self.hidden_dim, self.init_std, self.dtype, name="feed_forward")(normed)
         return x + self.residual(out, self.ffn_dropout_rate), None
@@ -171,10 +184,10 @@ class Transformer(nn.Module):
         init_std: standard deviation of all initial weights but the head's zeros; 0.02 is LlamaGen's, and too small
             for narrow models, which want about dim ** -0.5.
         dtype: of activations and matrix products; parameters are float32.
-        remat: what the backward pass recomputes, a key of REMAT_POLICIES; "none" keeps all activations.
+        remat: what the backward pass recomputes, a key of REMAT_POLICIES; with "none" no product.
         attention: a key of `models.attention.ATTENTIONS`.
         attention_block: queries that attention takes together.
-        scan_unroll: layers unrolled in one step of the layer scan; num_layers unrolls all. Parameters are stacked
+        scan_unroll: layers unrolled in one step of the layer scan; 0 is all. Parameters are stacked
             over layers either way.
     """
 
@@ -196,7 +209,7 @@ class Transformer(nn.Module):
     class_dropout_rate: float = 0.0
     dtype: DTypeLike = jnp.float32
     remat: str = "none"
-    attention: str = "blocks"
+    attention: str = "auto"
     attention_block: int = 128
     scan_unroll: int = 1
 
@@ -214,17 +227,13 @@ class Transformer(nn.Module):
             "class_table", partitioned(init, "classes", "embed"), (self.num_classes + 1, self.dim)
         )
         self.token_table = self.param("token_table", partitioned(init, "vocab", "embed"), (self.vocab_size, self.dim))
-        block = Block
-        policy = REMAT_POLICIES[self.remat]
-        if policy is not None:
-            block = nn.remat(Block, prevent_cse=False, policy=policy)
         self.layers = nn.scan(
-            block,
+            nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[self.remat]),
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=nn.broadcast,
             length=self.num_layers,
-            unroll=self.scan_unroll,
+            unroll=self.scan_unroll or self.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(**self.block_fields())
         self.norm = RMSNorm(self.norm_eps, self.dtype)

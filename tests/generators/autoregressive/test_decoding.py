@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from iar_jax.generators.autoregressive import decode_rows, decode_step
 from iar_jax.generators.autoregressive.decode_step import (
     block_length,
-    decode_step,
     decode_weights,
     embed,
     empty_cache,
@@ -18,6 +18,7 @@ from iar_jax.generators.autoregressive.decode_step import (
 )
 from iar_jax.generators.autoregressive.decoding import CONSTANT, _generate, generate, part_ends
 from iar_jax.interop.llamagen import load_transformer
+from iar_jax.runtime import sharding
 from tests.generators.autoregressive.test_transformer import initial, small
 
 
@@ -39,7 +40,7 @@ def test_decoding_with_the_cache_is_the_full_forward_pass(shape):
     codes = jax.random.randint(jax.random.key(2), (3, length), 0, 32)
     expected = module.apply({"params": params}, labels, codes)
     weights = decode_weights(module, params)
-    step = jax.jit(functools.partial(decode_step, module))
+    step = jax.jit(functools.partial(decode_step.decode_step, module))
     block = block_length(module)
     cache = empty_cache(module, 3, part_ends(module)[0])
     x = module.apply({"params": params}, labels, method="embed_labels")[:, 0].T
@@ -52,6 +53,41 @@ def test_decoding_with_the_cache_is_the_full_forward_pass(shape):
             cache = moved(cache, jnp.int32(t + 1 - block))
             room = next((end for end in part_ends(module) if end > t + 1), length)
             cache = grown(cache, room)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [{}, {"num_heads": 4, "num_kv_heads": 2}, {"dim": 48, "num_heads": 4}, {"grid_size": 12}],
+    ids=["plain", "shared keys", "heads of 12", "grown cache"],
+)
+def test_the_layout_for_chips_decodes_the_same_codes(monkeypatch, shape):
+    module = small(**{"num_layers": 3, **shape})
+    params = initial(module)
+    labels, keys = jnp.array([2, 0, 1]), jax.random.split(jax.random.key(3), 3)
+    for cfg_scale in (1.0, 2.5):
+        on_cpu = generate(module, params, labels, keys, cfg_scale=cfg_scale)
+        with monkeypatch.context() as patch:
+            patch.setattr(sharding, "platform", lambda: "gpu")
+            jax.clear_caches()
+            on_chip = generate(module, params, labels, keys, cfg_scale=cfg_scale)
+        jax.clear_caches()
+        np.testing.assert_array_equal(on_chip, on_cpu)
+
+
+def test_the_layout_for_chips_tells_the_attention_to_the_class_token_too():
+    module = small(num_layers=3)
+    params, labels = initial(module), jnp.array([2, 0])
+    found = []
+    for layout in (decode_step, decode_rows):
+        weights, cache = layout.decode_weights(module, params), layout.empty_cache(module, 2, module.num_tokens)
+        x = module.apply({"params": params}, labels, method="embed_labels")[:, 0]
+        x = x.T if layout is decode_step else x
+        for t in range(2):
+            logits, cache, to_class = layout.decode_step(module, weights, x, jnp.int32(t), cache)
+            x = layout.embed(weights, jnp.argmax(logits, axis=0))
+        found.append((logits, to_class))
+    np.testing.assert_allclose(found[0][0], found[1][0], atol=2e-5)
+    np.testing.assert_allclose(found[0][1], found[1][1], atol=1e-6)
 
 
 @pytest.mark.parametrize(("grid_size", "most"), [(8, 1.25), (16, 2.0)], ids=["one part", "grown"])
@@ -84,7 +120,7 @@ def test_bfloat16_has_a_cache_of_its_own_and_stays_near_float32():
     codes = generate(module, params, labels, keys, cfg_scale=1.5)
     assert ((codes >= 0) & (codes < 32)).all()
     weights, cache = decode_weights(module, params), empty_cache(module, 2, 9)
-    step = jax.jit(functools.partial(decode_step, module))
+    step = jax.jit(functools.partial(decode_step.decode_step, module))
     x = module.apply({"params": params}, labels, method="embed_labels")[:, 0].T
     expected = small().apply({"params": params}, labels, codes)
     for t in range(block_length(module)):

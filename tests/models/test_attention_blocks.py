@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from iar_jax.models import attention as module
+from iar_jax.models import attention_blocks as module
 
 BLOCK = 16
 causal_attention = functools.partial(module.causal_attention, block_size=BLOCK)
