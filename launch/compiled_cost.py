@@ -12,21 +12,22 @@ import re
 import numpy as np
 
 from iar_jax.runtime.chips import Chip
+from launch.compiled_text import array_bytes, bytes_of, computations_of, repeats_of
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-
-ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
 
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Bytes that one device sends for one kind of collective over one set of mesh axes, in one step."""
+    """Bytes that one device sends for one kind of collective over one set of mesh axes, in one step; and how many of
+    them in collectives that other work goes on beside: started ahead, or spread over fusions."""
 
     kind: str
     axes: tuple[str, ...]
     group_size: int
     count: int
     bytes_sent: float
+    bytes_ahead: float = 0.0
 
 
 def collective_traffic(text: str, mesh_shape: dict[str, int]) -> list[Traffic]:
@@ -36,10 +37,11 @@ def collective_traffic(text: str, mesh_shape: dict[str, int]) -> list[Traffic]:
         text: of the optimised program (`compiled.as_text()`).
         mesh_shape: size of each mesh axis, the first one outermost.
     """
-    computations = _computations(text)
-    repeats = _repeats(computations)
+    computations = computations_of(text)
+    repeats = repeats_of(computations, inside_fusions=True)
+    waited_for = repeats_of(computations, inside_fusions=False)
     groups_by_axes = _groups(mesh_shape)
-    totals: dict[tuple[str, tuple[str, ...], int], list[float]] = collections.defaultdict(lambda: [0, 0.0])
+    totals: dict[tuple[str, tuple[str, ...], int], list[float]] = collections.defaultdict(lambda: [0, 0.0, 0.0])
     seen: set[str] = set()
     for name, lines in computations.items():
         for line in lines:
@@ -52,7 +54,7 @@ def collective_traffic(text: str, mesh_shape: dict[str, int]) -> list[Traffic]:
                 continue
             seen |= {channel.group(1)} if channel else set()
             result, kind, started = found.groups()
-            size = _largest_part(result) if started else _bytes_of(result)
+            size = _largest_part(result) if started else bytes_of(result)
             group = _first_group(line, math.prod(mesh_shape.values()))
             if len(group) < 2:
                 continue
@@ -61,8 +63,10 @@ def collective_traffic(text: str, mesh_shape: dict[str, int]) -> list[Traffic]:
             axes = groups_by_axes.get(frozenset(group), ("?",))
             total = totals[kind, axes, len(group)]
             total[0] += repeats[name]
-            total[1] += repeats[name] * _sent(kind, size, len(group))
-    traffic = [Traffic(kind, axes, size, int(n), sent) for (kind, axes, size), (n, sent) in totals.items()]
+            sent = repeats[name] * _sent(kind, size, len(group))
+            total[1] += sent
+            total[2] += 0.0 if waited_for[name] and not started else sent
+    traffic = [Traffic(*key, int(count), sent, ahead) for key, (count, sent, ahead) in totals.items()]
     return sorted(traffic, key=lambda item: -item.bytes_sent)
 
 
@@ -78,62 +82,9 @@ def _sent(kind: str, size: int, group: int) -> float:
     }[kind]
 
 
-def _computations(text: str) -> dict[str, list[str]]:
-    """Lines of each computation; the entry's name is ENTRY."""
-    found: dict[str, list[str]] = {}
-    current: list[str] | None = None
-    for line in text.splitlines():
-        header = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
-        if header:
-            current = found.setdefault("ENTRY" if header.group(1) else header.group(2), [])
-        elif line.startswith("}"):
-            current = None
-        elif current is not None:
-            current.append(line)
-    return found
-
-
-def _repeats(computations: dict[str, list[str]]) -> dict[str, int]:
-    """How often each computation runs in one run of the program; a loop of unknown length counts as one round."""
-    repeats: dict[str, int] = collections.defaultdict(int)
-    waiting = [("ENTRY", 1)]
-    while waiting:
-        name, times = waiting.pop()
-        repeats[name] += times
-        for line in computations.get(name, []):
-            loop = re.search(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)", line)
-            if loop:
-                waiting.append((loop.group(2), times * _trips(line, computations.get(loop.group(1), []))))
-            for called in re.findall(r"(?:calls|to_apply|called_computations)=\{?%?([\w.\-]+)", line):
-                if called in computations:
-                    waiting.append((called, times))
-            branches = re.search(r"branch_computations=\{([^}]*)\}", line)
-            if branches:
-                waiting += [(branch.strip().lstrip("%"), times) for branch in branches.group(1).split(",")]
-    return repeats
-
-
-def _trips(line: str, condition: list[str]) -> int:
-    """Rounds of a loop: what the compiler notes, or else the number that its counter from 0 is compared with."""
-    noted = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-    if noted:
-        return int(noted.group(1))
-    limits = [int(n) for text in condition for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", text)]
-    return max(limits, default=1)
-
-
-def _array_bytes(result: str) -> list[int]:
-    arrays = re.findall(r"(\w+)\[([\d,]*)\]", result)
-    return [ITEM_BYTES.get(kind, 4) * math.prod(int(n) for n in dims.split(",") if n) for kind, dims in arrays]
-
-
-def _bytes_of(result: str) -> int:
-    return sum(_array_bytes(result))
-
-
 def _largest_part(result: str) -> int:
     """Of a started collective, whose result holds its operand too, and small counters."""
-    return max(_array_bytes(result), default=0)
+    return max(array_bytes(result), default=0)
 
 
 def _first_group(line: str, num_devices: int) -> tuple[int, ...]:
@@ -214,7 +165,10 @@ def step_bound(
     chip: Chip, num_devices: int, *, model_flops: float, bytes_touched: float, traffic: list[Traffic]
 ) -> StepBound:
     """At peak rates: the model's FLOPs over all chips, what a device must read and write, what it must send."""
-    inside = sum(item.bytes_sent for item in traffic if item.group_size <= chip.island)
-    outside = sum(item.bytes_sent for item in traffic if item.group_size > chip.island)
-    network = inside / chip.network_rate + (outside / chip.outside_rate if outside else 0.0)
+    network = sum(item.bytes_sent / network_rate(chip, item.group_size) for item in traffic)
     return StepBound(model_flops / num_devices / chip.flops, bytes_touched / chip.memory_rate, network)
+
+
+def network_rate(chip: Chip, group_size: int) -> float:
+    """Bytes a second that a device sends, one way, in a collective of so many."""
+    return chip.network_rate if group_size <= chip.island else chip.outside_rate

@@ -6,10 +6,12 @@
 #     bash launch/tpu_pod.sh keep   NAME ZONE v5litepod-16 python -m iar_jax.train ...    run, and after a preemption
 #                                                              create, set up and run again until it ends
 #     bash launch/tpu_pod.sh delete NAME ZONE
+# The compiler's flags are those of launch/xla_flags_tpu.txt, each with its reason; IAR_JAX_XLA_FLAGS=off leaves them
+# out.
 # DRY_RUN=1 prints the commands instead of running them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-usage() { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 [ $# -ge 3 ] || usage
 action=$1 name=$2 zone=$3
 shift 3
@@ -31,7 +33,8 @@ setup() {
 }
 run() {
     # IAR_JAX_CLUSTER=auto: the workers find each other by the slice's own metadata.
-    on_all "cd ~/iar_jax && . .venv/bin/activate && IAR_JAX_CLUSTER=auto $(printf '%q ' "$@")"
+    local off="IAR_JAX_XLA_FLAGS=${IAR_JAX_XLA_FLAGS:-}"
+    on_all "cd ~/iar_jax && . .venv/bin/activate && export $off && . launch/xla_flags.sh tpu && IAR_JAX_CLUSTER=auto $(printf '%q ' "$@")"
 }
 alive() { [ "$(gcloud compute tpus tpu-vm describe "$name" --zone="$zone" --format='value(state)' 2>/dev/null)" = READY ]; }
 
