@@ -40,7 +40,7 @@ from iar_jax.generators.code_layout import CodeLayout
 from iar_jax.generators.generator import KINDS, build_generator
 from iar_jax.generators.settings import Facts, SamplingSettings
 from iar_jax.models.tokenizer import build_tokenizer
-from iar_jax.runtime import sharding
+from iar_jax.runtime import checkpoint, sharding
 from iar_jax.runtime.chips import CHIPS, Chip
 from iar_jax.runtime.errors import UserError
 from iar_jax.training.state import state_shardings
@@ -88,13 +88,13 @@ def main(_) -> None:
 
 
 def set_flags(dumped: pathlib.Path) -> None:
-    """The flags of the launch scripts, before a compiler is loaded; and where a TPU's puts the schedules of kernels."""
-    chosen = {"LIBTPU_INIT_ARGS": dump_flags(dumped), "XLA_FLAGS": []}
-    if os.environ.get("IAR_JAX_XLA_FLAGS") != "off":
-        chosen["LIBTPU_INIT_ARGS"] += flags_of("tpu")
-        # The CPU's XLA, which is loaded too, does not know the GPU's own flags: they go with the compilation.
-    for name, values in chosen.items():
-        os.environ[name] = " ".join([os.environ.get(name, ""), *values]).strip()
+    """Before libtpu is loaded: the launch script's flags for TPUs, and where it puts the schedules of kernels.
+
+    Flags that are set already come last, and win. A GPU's go with the compilation (`gpu_options`).
+    """
+    own = [] if os.environ.get("IAR_JAX_XLA_FLAGS") == "off" else flags_of("tpu")
+    already = os.environ.get("LIBTPU_INIT_ARGS", "")
+    os.environ["LIBTPU_INIT_ARGS"] = " ".join([*dump_flags(dumped), *own, already]).strip()
 
 
 def flags_of(platform: str) -> list[str]:
@@ -241,9 +241,11 @@ def expected_figures(
     if chip.platform == "tpu" and not chip.clock:
         return None
     found = expected_time(text, chip, traffic, kernel_schedules(dumped))
+    if not found.seconds:
+        return None
     return {
         "seconds": found.seconds,
-        "mfu": bound.compute / max(found.seconds, 1e-12),
+        "mfu": bound.compute / found.seconds,
         "parts": found.parts,
         "of_kernels": found.kernels,
         "left_out": found.left_out,
@@ -256,7 +258,7 @@ def state_program(section: ConfigDict, mesh: Mesh, init, step, batch: tuple, flo
     with sharding.use_mesh(mesh):
         boxed = jax.eval_shape(init, key)
         shardings = state_shardings(mesh, boxed)
-    state = with_shardings(sharding.unbox(boxed), shardings)
+    state = checkpoint.abstract_tree(sharding.unbox(boxed), shardings)
     return Program(
         step,
         (state, *batch),
@@ -267,12 +269,6 @@ def state_program(section: ConfigDict, mesh: Mesh, init, step, batch: tuple, flo
         flops,
         steps=section.num_steps,
         runs=runs,
-    )
-
-
-def with_shardings(shapes: Any, shardings: Any) -> Any:
-    return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, shardings
     )
 
 
@@ -313,7 +309,7 @@ def sample_program(config: ConfigDict, mesh: Mesh, num_classes: int) -> Program:
     key = jax.eval_shape(lambda: jax.random.key(0))
     with sharding.use_mesh(mesh):
         boxed = jax.eval_shape(generator.init, key)
-        params = with_shardings(sharding.unbox(boxed), sharding.tree_shardings(mesh, boxed))
+        params = checkpoint.abstract_tree(sharding.unbox(boxed), sharding.tree_shardings(mesh, boxed))
     labels = jax.ShapeDtypeStruct((section.batch_size,), jnp.int32, sharding=rows)
     keys = jax.ShapeDtypeStruct((section.batch_size,), key.dtype, sharding=rows)
     count_work, shards = KINDS[config.model.kind].sampling_work, sharding.num_batch_shards(mesh)
@@ -339,7 +335,7 @@ def extract_program(config: ConfigDict, mesh: Mesh, num_classes: int) -> Program
     params = jax.eval_shape(
         lambda key: model.init(key, jnp.zeros((1, size, size, 3)))["params"], jax.eval_shape(lambda: jax.random.key(0))
     )
-    params = with_shardings(params, jax.tree.map(lambda _: sharding.replicated(mesh), params))
+    params = checkpoint.abstract_tree(params, jax.tree.map(lambda _: sharding.replicated(mesh), params))
     return Program(
         lambda params, images: model.apply({"params": params}, images, method="encode"),
         (params, images),

@@ -243,13 +243,11 @@ def _losses_and_gradient(logits, targets, weights, sizes, sharded, axis):
         wanted = jax.lax.broadcasted_iota(jnp.int32, grouped.shape, axis) == jnp.expand_dims(each(group), axis)
         return jnp.sum(jnp.where(wanted, grouped, 0.0), axis=axis)
 
-    def is_first_highest(values, place, wanted, size=1):
+    def is_first_highest(values, place, wanted):
         """1 where no value is above the wanted one, nor equal to it at a lower place, else 0."""
-        # Comparisons and sums: an argmax is ten times slower on CPUs, and here would need to know its device.
+        # Comparisons and a sum: an argmax is ten times slower on CPUs, and here would need to know its device.
         ahead = (values > each(wanted)) | ((values == each(wanted)) & (places(values) < each(place)))
-        # In two sums, the first of which goes with that of the exponentials.
-        count = jnp.sum(jnp.sum(in_groups(ahead, size).astype(jnp.float32), axis=axis + 1), axis=axis)
-        return (everywhere(count) == 0).astype(jnp.float32)
+        return (everywhere(jnp.sum(ahead, axis=axis)) == 0).astype(jnp.float32)
 
     highest = jnp.max(logits, axis=axis)
     if sharded:
@@ -274,7 +272,7 @@ def _losses_and_gradient(logits, targets, weights, sizes, sharded, axis):
         cluster_hits.append(is_first_highest(values, targets // size, own_sum))
     losses = Losses(
         token_loss=lse - target_logit,
-        token_hit=is_first_highest(logits, targets, target_logit, sizes[0]),
+        token_hit=is_first_highest(logits, targets, target_logit),
         cluster_losses=tuple(lse - x for x in cluster_lse),
         cluster_hits=tuple(cluster_hits),
     )

@@ -42,10 +42,12 @@ class Attention(NamedTuple):
     Attributes:
         attend: (q, k, v, rope, block_size) -> output; H is a multiple of H2, and consecutive query heads share a head
             of keys and values.
-        why_not: what keeps it from running in a case; None where it can.
+        platform: the only one that it is for; "" is any.
+        why_not: what keeps it from running in a case of its platform; None where it can.
     """
 
     attend: Attend
+    platform: str = ""
     why_not: Callable[[Case], str | None] = lambda case: None
 
 
@@ -92,40 +94,32 @@ def on_mesh(attend: Callable, *arrays: Float[Array, "B T _ K"]) -> Float[Array, 
     return jax.shard_map(attend, in_specs=(spec,) * len(arrays), out_specs=spec, check_vma=False)(*arrays)
 
 
-def why_not_a_kernel(platform: str, name: str) -> Callable[[Case], str | None]:
-    def why_not(case: Case) -> str | None:
-        if case.platform != platform:
-            return f"is for {name}"
-        if jnp.dtype(case.dtype) not in (jnp.bfloat16, jnp.float16):
-            return f"takes bfloat16, not {jnp.dtype(case.dtype).name} (config.model.dtype)"
+def half_precision(case: Case) -> str | None:
+    if jnp.dtype(case.dtype) in (jnp.bfloat16, jnp.float16):
         return None
-
-    return why_not
+    return f"takes bfloat16, not {jnp.dtype(case.dtype).name} (config.model.dtype)"
 
 
 def why_not_cudnn(case: Case) -> str | None:
-    if reason := why_not_a_kernel("gpu", "GPUs")(case):
-        return reason
-    return "takes heads of 128 dimensions at most" if case.head_dim > 128 else None
+    return half_precision(case) or ("takes heads of 128 dimensions at most" if case.head_dim > 128 else None)
 
 
 def why_not_fused(case: Case) -> str | None:
-    if reason := why_not_a_kernel("tpu", "TPUs")(case):
-        return reason
-    if case.length > attention_fused.LONGEST:
-        return f"keeps all keys on the chip, of {attention_fused.LONGEST} positions at most"
-    return None
+    longest = attention_fused.LONGEST
+    too_long = f"keeps all keys on the chip, of {longest} positions at most" if case.length > longest else None
+    return half_precision(case) or too_long
 
 
 AUTO = "auto"
 # config.model.attention. auto takes the first that can run, in this order.
 ATTENTIONS: dict[str, Attention | None] = {
     AUTO: None,
-    "fused": Attention(fused, why_not_fused),
-    "splash": Attention(splash, why_not_a_kernel("tpu", "TPUs")),
-    "cudnn": Attention(cudnn, why_not_cudnn),
+    "fused": Attention(fused, "tpu", why_not_fused),
+    "splash": Attention(splash, "tpu", half_precision),
+    "cudnn": Attention(cudnn, "gpu", why_not_cudnn),
     "blocks": Attention(blocks),
 }
+PLATFORMS = {"tpu": "TPUs", "gpu": "GPUs", "cpu": "CPUs"}
 
 
 class Choice(NamedTuple):
@@ -141,7 +135,11 @@ def choose(kind: str, case: Case) -> Choice:
     Raises:
         UserError: it cannot run there.
     """
-    reasons = {name: found.why_not(case) for name, found in ATTENTIONS.items() if found}
+    named = {name: found for name, found in ATTENTIONS.items() if found}
+    reasons = {
+        name: found.why_not(case) if found.platform in ("", case.platform) else f"is for {PLATFORMS[found.platform]}"
+        for name, found in named.items()
+    }
     able = [name for name, reason in reasons.items() if reason is None]
     if kind != AUTO:
         if reasons[kind]:
@@ -150,9 +148,8 @@ def choose(kind: str, case: Case) -> Choice:
                 f"{jnp.dtype(case.dtype).name}, heads of {case.head_dim}) there are {AUTO}, {', '.join(able)}"
             )
         return Choice(kind, "")
-    elsewhere = {"cpu": "", "tpu": "is for GPUs", "gpu": "is for TPUs"}.get(case.platform, "")
-    passed = list(reasons)[: list(reasons).index(able[0])]
-    told = [f"{name} {reasons[name]}" for name in passed if elsewhere and reasons[name] != elsewhere]
+    passed = list(named)[: list(named).index(able[0])]
+    told = [f"{name} {reasons[name]}" for name in passed if named[name].platform == case.platform]
     return Choice(able[0], "; ".join(told))
 
 

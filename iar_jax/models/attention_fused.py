@@ -20,6 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from iar_jax.models.attention_blocks import blocks
+from iar_jax.models.rope import turning_tables
 from iar_jax.runtime import sharding
 
 LANES = 128
@@ -46,17 +47,10 @@ def attend(
     heads_together = max(1, LANES // wide)
     padding = ((0, 0), (0, 0), (0, -num_heads % heads_together), (0, wide - head_dim))
     columns = [jnp.pad(x, padding).reshape(batch, length, -1) for x in (q, k, v)]
-    cos, sin = tables(jnp.pad(rope, ((0, 0), (0, (wide - head_dim) // 2), (0, 0))), heads_together)
+    cos, sin = turning_tables(jnp.pad(rope, ((0, 0), (0, (wide - head_dim) // 2), (0, 0))), heads_together)
     static = Static(wide, head_dim**-0.5, block_size, sharding.platform() != "tpu")
     out = rotary_attention(*columns, cos, sin, static)
     return out.reshape(batch, length, -1, wide)[:, :, :num_heads, :head_dim]
-
-
-def tables(rope: Float[Array, "T half 2"], heads: int) -> tuple[Float[Array, "T W"], Float[Array, "T W"]]:
-    """cos and sin for each dimension of `heads` heads side by side; sin with the sign that it has in the turn."""
-    cos, sin = (jnp.repeat(rope[..., i], 2, axis=-1) for i in range(2))
-    sign = jnp.where(jnp.arange(sin.shape[-1]) % 2 == 0, -1.0, 1.0)
-    return jnp.tile(cos, (1, heads)), jnp.tile(sin * sign, (1, heads))
 
 
 class Static(NamedTuple):

@@ -22,6 +22,18 @@ def rope_table(grid_size: int, head_dim: int, base: float = 10000.0) -> Float[np
     return np.concatenate([np.zeros((1, half, 2)), table]).astype(np.float32)
 
 
+def turning_tables(
+    rope: Float[Array, "L half 2"], num_heads: int
+) -> tuple[Float[Array, "L width"], Float[Array, "L width"]]:
+    """cos and sin for each dimension of `num_heads` heads side by side, sin with the sign that it has in the turn.
+
+    x * cos + partner * sin is `apply_rope`, where a dimension's partner is the other one of its pair.
+    """
+    cos, sin = (jnp.repeat(rope[..., i], 2, axis=-1) for i in range(2))
+    sign = jnp.where(jnp.arange(sin.shape[-1]) % 2 == 0, -1.0, 1.0)
+    return jnp.tile(cos, (1, num_heads)), jnp.tile(sin * sign, (1, num_heads))
+
+
 def apply_rope(x: Float[Array, "B L H K"], table: Float[Array, "L half 2"]) -> Float[Array, "B L H K"]:
     """Turns the pairs (2i, 2i + 1) of each head by the table's angles; float32 inside, the input's dtype outside."""
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)

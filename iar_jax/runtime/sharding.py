@@ -139,7 +139,7 @@ def tree_shardings(mesh: Mesh | AbstractMesh, boxed: Any) -> Any:
 
 
 def spread_shardings(mesh: Mesh | AbstractMesh, boxed: Any) -> Any:
-    """As `tree_shardings`, with each leaf split over `data` as well, along its first axis that divides.
+    """As `tree_shardings`, with each leaf split over `data` as well, along the largest axis that divides.
 
     For what every step reads and writes whole, but no product needs: optimizer state and averaged weights (ZeRO-1).
     """

@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from iar_jax.generators.autoregressive.transformer import Transformer
 from iar_jax.models import attention_decode
-from iar_jax.models.rope import rope_table
+from iar_jax.models.rope import rope_table, turning_tables
 from iar_jax.runtime import sharding
 
 
@@ -35,14 +34,14 @@ class LayerWeights(NamedTuple):
 
 
 class DecodeWeights(NamedTuple):
-    """What a step reads. `cos` and `sin` are those of each dimension of a head; sin has the sign of its turn."""
+    """What a step reads. `cos` and `sin` are `rope.turning_tables` of all heads of queries and keys."""
 
     layers: list[LayerWeights]
     tokens: Float[Array, "V D"]
     norm: Float[Array, " D"]
     head: Float[Array, "D V"]
-    cos: Float[Array, "L K"]
-    sin: Float[Array, "L K"]
+    cos: Float[Array, "L turned"]
+    sin: Float[Array, "L turned"]
 
 
 class LayerCache(NamedTuple):
@@ -71,17 +70,17 @@ def decode_weights(module: Transformer, params: Any) -> DecodeWeights:
         )
 
     table = rope_table(module.grid_size, dim // module.num_heads, module.rope_base)[: module.num_tokens]
-    cos, sin = (np.repeat(table[..., i], 2, axis=-1) for i in range(2))
+    cos, sin = turning_tables(jnp.asarray(table), module.num_heads + module.block_fields()["num_kv_heads"])
     weights = DecodeWeights(
         [layer(jax.tree.map(lambda p, i=i: p[i], params["layers"])) for i in range(module.num_layers)],
         nn.with_logical_constraint(params["token_table"], ("vocab", None)),
         params["norm"]["weight"],
         nn.with_logical_constraint(params["head"], (None, "vocab")),
-        jnp.asarray(cos),
-        jnp.asarray(sin * np.where(np.arange(sin.shape[1]) % 2 == 0, -1.0, 1.0).astype(np.float32)),
+        cos,
+        sin,
     )
     cast = jax.tree.map(lambda w: w.astype(module.dtype), weights)
-    return cast._replace(cos=weights.cos, sin=weights.sin)
+    return cast._replace(cos=cos, sin=sin)
 
 
 def both(conditional: Int[Array, " B"], unconditional: Int[Array, " B"]) -> Int[Array, " both"]:
@@ -128,11 +127,8 @@ def decode_step(
     """Logits for the code at `position` from its input embedding, the cache with that input written in, and the last
     layer's attention to the class token, the mean over heads."""
     cos, sin = (jax.lax.dynamic_slice_in_dim(table, position, 1) for table in (weights.cos, weights.sin))
-    num_rows, num_heads = x.shape[0], module.num_heads
-    kv_heads, head_dim = module.block_fields()["num_kv_heads"], module.dim // num_heads
-    width = (num_heads + kv_heads) * head_dim
-    cos, sin = jnp.tile(cos, (1, num_heads + kv_heads)), jnp.tile(sin, (1, num_heads + kv_heads))
-    to_class = jnp.zeros(num_rows)
+    head_dim, width = module.dim // module.num_heads, cos.shape[1]
+    to_class = jnp.zeros(x.shape[0])
     new_cache = []
     for layer, layer_cache in zip(weights.layers, cache, strict=True):
         with jax.named_scope("attention"):
