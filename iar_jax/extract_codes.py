@@ -46,21 +46,36 @@ READS = ("seed", "inputs", "mesh", "data", "codes")
 EncodeBatch = Callable[[dict[str, np.ndarray]], tuple[np.ndarray, np.ndarray]]
 
 
-def run(config: ConfigDict, workdir: epath.Path) -> None:
-    """Encodes all crops of every picture of both splits into workdir/codes/train and workdir/codes/val."""
+def run(config: ConfigDict, workdir: epath.Path, thorough: bool = False) -> None:
+    """Encodes all crops of every picture of both splits into workdir/codes/train and workdir/codes/val.
+
+    Files of finished splits that are damaged are made again; damage inside of them, which leaves their sizes, is looked
+    for where a thorough run is asked for.
+    """
     opened = artifacts.open_inputs(config.inputs, workdir, "tokenizer")
     made_by, inputs = relevant(config, ("data", "codes")), artifacts.fingerprints(opened)
     # Validation measures the pictures themselves, whatever copies are trained on.
     splits = {"train": config.codes.crops, "val": "center"}
-    if all(artifacts.finished(workdir / "codes" / split, made_by, inputs) for split in splits):
+
+    def contents() -> dict[str, str]:
+        return {"images": open_images(config.data).fingerprint}
+
+    directories = [workdir / "codes" / split for split in splits]
+    if all(
+        (found := artifacts.finished(directory, made_by, inputs, contents)) and codes.whole(directory, found, thorough)
+        for directory in directories
+    ):
         say(f"extract_codes: done, in {workdir / 'codes'}")
         return
     mesh = sharding.make_mesh(**config.mesh)
     sharding.check_batch_size(mesh, config.codes.batch_size, "config.codes.batch_size")
     images = open_images(config.data)
-    for split in splits:
-        artifacts.begin(workdir / "codes" / split, "extract_codes", made_by, inputs | {"images": images.fingerprint})
     with lock.hold(workdir / "codes"), catch_stop_signals() as stop:
+        command_line.save_config(config, workdir)
+        for directory in directories:
+            done = artifacts.begin(directory, "extract_codes", made_by, inputs | {"images": images.fingerprint})
+            if done and not codes.whole(directory, done, thorough):
+                artifacts.reopen(directory)
         extract_splits(config, workdir / "codes", opened["tokenizer"].directory, images, splits, mesh, stop)
 
 
@@ -99,8 +114,9 @@ def extract_splits(
                 shown,
                 stop,
             )
-        shards = sorted(directory.glob("codes-*.array_record"))
+        shards = codes.shards_in(directory)
         figures = {
+            "files": artifacts.sizes_of(shards),
             "num_images": len(source),
             "class_names": list(images.class_names),
             "layout": list(model.code_sides(config.data.resolution)),
@@ -161,7 +177,12 @@ def extract(
     for shard in range(num_shards):
         path = codes.shard_path(directory, shard, num_shards)
         indices = range(shard * section.images_per_shard, min((shard + 1) * section.images_per_shard, len(source)))
-        if not distributed.from_first(path.exists()):
+        there = distributed.is_first() and path.exists()
+        if there and not codes.sound(path, len(indices)):
+            say(f"WARNING: {path} is damaged; it is made again")
+            path.unlink()
+            there = False
+        if not distributed.from_first(there):
             records = []
             for batch in encoded_batches(source, indices, encode_batch, section.batch_size, crop, part, pace):
                 records += batch
@@ -238,7 +259,7 @@ def run_check(config: ConfigDict, workdir: epath.Path) -> None:
                 f"{inputs[name].directory}: these records are not what {inputs['tokenizer'].directory} makes of "
                 f"{images.name}: {found.agreement:.1%} of the codes agree with a fresh encoding ({AGREEMENT:.0%} at "
                 f"least), {found.recognised:.0%} decode nearest to their own original ({RECOGNISED:.0%} at least). "
-                f"Delete {inputs['codes'].directory.parent} and extract again"
+                f"Move {inputs['codes'].directory.parent} away and extract again"
             )
     path = inputs["codes"].directory.parent / "check.png"
     rows = np.concatenate([np.concatenate([row, np.zeros_like(pairs[0])[: SHOWN - len(row)]]) for row in pairs])
@@ -361,7 +382,10 @@ def compared(stored: Stored, tokenizer: LoadedTokenizer) -> Comparison:
 
 def run_or_check(config: ConfigDict, workdir: epath.Path) -> None:
     """The whole command."""
-    (run_check if flags.FLAGS.check else run)(config, workdir)
+    if flags.FLAGS.check:
+        run_check(config, workdir)
+    else:
+        run(config, workdir, thorough=True)
 
 
 if __name__ == "__main__":

@@ -139,7 +139,8 @@ def import_permutation(
         {"tokenizer": tokenizer.fingerprint},
     )
     codebook_fingerprint = tokenizer.figures["codebook_fingerprint"]
-    save_permutation(directory / "permutation.npz", permutation, codebook_fingerprint)
+    with writing(directory / "permutation.npz") as local:
+        save_permutation(local, permutation, codebook_fingerprint)
     figures = {
         "codebook_fingerprint": codebook_fingerprint,
         "num_clusters": len(permutation.old_to_new) // permutation.cluster_size,

@@ -21,11 +21,12 @@ from iar_jax.codebook.permutation import Permutation, save_permutation
 from iar_jax.config import command_line
 from iar_jax.config.relevance import relevant
 from iar_jax.data import image_grids, preprocessing
-from iar_jax.data.codes import permutation_fingerprint
+from iar_jax.data.codes import permutation_fingerprint, read_permutation
 from iar_jax.models.quantizer import normalize
 from iar_jax.models.tokenizer import LoadedTokenizer, load_tokenizer
 from iar_jax.runtime import artifacts, lock, sharding
-from iar_jax.runtime.errors import UserError
+from iar_jax.runtime.errors import UserError, refusal
+from iar_jax.runtime.files import write_bytes, writing
 from iar_jax.runtime.progress import say
 
 matplotlib.use("Agg")
@@ -44,20 +45,25 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     directory = workdir / "codebook"
     inputs = artifacts.open_inputs(config.inputs, workdir, "tokenizer")
     made_by = relevant(config, ("seed", "codebook"))
-    if artifacts.begin(directory, "rearrange_codebook", made_by, artifacts.fingerprints(inputs)):
+    given = artifacts.fingerprints(inputs)
+    if sound(artifacts.finished(directory, made_by, given), directory):
         say(f"rearrange_codebook: done, in {directory}")
         return
     start = time.monotonic()
     with lock.hold(directory):
+        command_line.save_config(config, workdir)
+        if artifacts.begin(directory, "rearrange_codebook", made_by, given):
+            artifacts.reopen(directory)
         tokenizer = load_tokenizer(inputs["tokenizer"].directory, sharding.make_mesh(**config.mesh))
         raw_codebook = tokenizer.params["quantizer"]["codebook"]
         codebook = np.asarray(normalize(raw_codebook))
         levels, order, permutation = rearranged(codebook, config.codebook, config.seed)
         codebook_fingerprint = artifacts.fingerprint_arrays(raw_codebook)
-        save_permutation(directory / "permutation.npz", permutation, codebook_fingerprint)
+        with writing(directory / "permutation.npz") as local:
+            save_permutation(local, permutation, codebook_fingerprint)
         within = distances_within(codebook, order, permutation.cluster_size)
         among_all = distances_among_all(codebook)
-        artifacts.write_bytes(directory / "distances.png", distance_histogram(within, among_all))
+        write_bytes(directory / "distances.png", distance_histogram(within, among_all))
         image_grids.write_png(directory / "clusters.png", picture_of(tokenizer, order, permutation.cluster_size))
         figures = measured(codebook, order, permutation, levels)
         figures |= {"mean_distance_within": float(np.mean(within))}
@@ -65,6 +71,16 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         figures |= {"codebook_fingerprint": codebook_fingerprint, "seconds": time.monotonic() - start}
         artifacts.finish(directory, permutation_fingerprint(permutation), figures)
     announce(figures, permutation, directory)
+
+
+def sound(found: artifacts.Metadata | None, directory: epath.Path) -> bool:
+    """Whether a finished codebook is there whose permutation is the one that was made; says where it is not."""
+    if found is None:
+        return False
+    problem = refusal(lambda: read_permutation(artifacts.Artifact(directory, found)))
+    if problem:
+        say(f"WARNING: {problem}; it is made again")
+    return not problem
 
 
 def rearranged(

@@ -3,6 +3,7 @@
 python -m iar_jax.sample --config=configs/mnist.py --workdir=runs/mnist [--config.sampling.cfg_scale=1.5]
 """
 
+import functools
 import hashlib
 import itertools
 import time
@@ -18,36 +19,49 @@ from ml_collections import ConfigDict
 from iar_jax.config import command_line
 from iar_jax.config.relevance import relevant
 from iar_jax.data import image_grids, preprocessing
-from iar_jax.data.array_parts import ArrayParts, RowReader, npy_bytes
+from iar_jax.data.array_parts import ArrayParts, RowReader, npy_bytes, read_array
 from iar_jax.data.codes import read_permutation
 from iar_jax.data.labels import PROTOCOLS
 from iar_jax.generators.generator import Loaded, load_generator, open_generator
 from iar_jax.generators.settings import SamplingSettings, samples_name
 from iar_jax.models.tokenizer import LoadedTokenizer, load_tokenizer
 from iar_jax.runtime import artifacts, distributed, lock, sharding
-from iar_jax.runtime.artifacts import Artifact, write_bytes
+from iar_jax.runtime.artifacts import Artifact
+from iar_jax.runtime.errors import UserError, refusal
+from iar_jax.runtime.files import write_bytes
 from iar_jax.runtime.interruption import catch_stop_signals
 from iar_jax.runtime.progress import progress, say
 from iar_jax.runtime.section import Section
 
 READS = ("inputs", "mesh", "sampling")
 
+FILES = ("samples.npz", "labels.npy", "grid.png")
+
 # uint8 images [B, R, R, 3] of some indices, int [B].
 ImagesAt = Callable[[np.ndarray], np.ndarray]
 
 
-def run(config: ConfigDict, workdir: epath.Path) -> None:
-    """Samples config.sampling.num_images images and leaves samples.npz, labels.npy and grid.png."""
+def run(config: ConfigDict, workdir: epath.Path, thorough: bool = False) -> None:
+    """Samples config.sampling.num_images images and leaves samples.npz, labels.npy and grid.png.
+
+    Damaged files of finished samples are made again; damage that leaves their sizes is looked for where a thorough run
+    is asked for.
+    """
     section = config.sampling
     inputs = open_inputs(config.inputs, workdir, section.step)
     directory = workdir / "samples" / samples_name(section, inputs["transformer"].metadata.figures["step"])
-    if artifacts.begin(directory, "sample", relevant(config, ("sampling",)), artifacts.fingerprints(inputs)):
+    made_by, given = relevant(config, ("sampling",)), artifacts.fingerprints(inputs)
+    found = artifacts.finished(directory, made_by, given)
+    if found and whole(directory, found, thorough):
         say(f"sample: done, in {directory}")
         if distributed.is_first() and section.write_pngs:
             write_pngs(directory)
         return
     start = time.monotonic()
     with lock.hold(directory):
+        command_line.save_config(config, workdir)
+        if artifacts.begin(directory, "sample", made_by, given):
+            artifacts.reopen(directory)
         mesh = sharding.make_mesh(**config.mesh)
         sharding.check_batch_size(mesh, section.batch_size, "config.sampling.batch_size")
         loaded = load_generator(inputs["transformer"].directory, mesh, section.step)
@@ -64,7 +78,8 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
             return
         fingerprint = write_samples(directory, parts, labels)
         seconds = time.monotonic() - start
-        artifacts.finish(directory, fingerprint, {"num_images": parts.done, "seconds": seconds})
+        sizes = artifacts.sizes_of(directory / name for name in FILES)
+        artifacts.finish(directory, fingerprint, {"num_images": parts.done, "seconds": seconds, "files": sizes})
         parts.remove()
         if section.write_pngs:
             write_pngs(directory)
@@ -72,6 +87,30 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         f"sample: {section.num_images} images with cfg {section.cfg_scale:g} in {seconds:.0f} s; grid in "
         f"{directory / 'grid.png'}"
     )
+
+
+def whole(directory: epath.Path, found: artifacts.Metadata, thorough: bool) -> bool:
+    """Whether the files of finished samples are those that were written; says where they are not."""
+    problem = artifacts.changed_files(directory, found)
+    if thorough and not problem:
+        problem = refusal(lambda: check_samples(directory, found))
+    if problem:
+        say(f"WARNING: {problem}; the samples are made again")
+    return not problem
+
+
+def check_samples(directory: epath.Path, found: artifacts.Metadata) -> None:
+    """Raises UserError where the images or labels of finished samples are not those that were made."""
+    digest = hashlib.sha256()
+    for rows in RowReader(directory / "samples.npz").batches(256):
+        digest.update(np.ascontiguousarray(rows).data)
+    if fingerprint_of(digest.hexdigest(), read_array(directory / "labels.npy")) != found.fingerprint:
+        raise UserError(f"{directory}: samples.npz and labels.npy are not those that were made together")
+
+
+def fingerprint_of(digest: str, labels: np.ndarray) -> str:
+    """Of samples: of the SHA-256 of the images, and the labels."""
+    return hashlib.sha256(digest.encode() + labels.tobytes()).hexdigest()
 
 
 def open_inputs(section: Section, workdir: epath.Path, step: int) -> dict[str, Artifact]:
@@ -152,7 +191,7 @@ def write_samples(directory: epath.Path, parts: ArrayParts, labels: np.ndarray) 
     shown = image_grids.places_in_class_grid(labels)
     image_grids.write_png(directory / "grid.png", image_grids.class_grid(parts.take(shown), labels[shown]))
     digest = parts.save_npz(directory / "samples.npz")
-    return hashlib.sha256(digest.encode() + labels.tobytes()).hexdigest()
+    return fingerprint_of(digest, labels)
 
 
 def write_pngs(directory: epath.Path) -> None:
@@ -168,4 +207,4 @@ def write_pngs(directory: epath.Path) -> None:
 
 
 if __name__ == "__main__":
-    command_line.main(run, READS)
+    command_line.main(functools.partial(run, thorough=True), READS)

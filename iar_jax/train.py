@@ -28,7 +28,7 @@ from iar_jax.generators.generator import KINDS, Generator, build_generator, gene
 from iar_jax.generators.settings import Facts, Objective
 from iar_jax.runtime import artifacts, checkpoint, distributed, sharding
 from iar_jax.runtime.artifacts import Artifact
-from iar_jax.runtime.errors import UserError
+from iar_jax.runtime.errors import UserError, refusal
 from iar_jax.runtime.progress import say
 from iar_jax.runtime.section import Section
 from iar_jax.training import generator_steps
@@ -37,30 +37,40 @@ from iar_jax.training.optimizer import optimizer_of
 from iar_jax.training.schedules import cluster_weights_of, learning_rate_of
 from iar_jax.training.state import TrainState, skip_unless_finite, state_shardings
 
-READS = ("seed", "inputs", "mesh", "model", "training")
+READS = ("seed", "inputs", "mesh", "data.cache_dir", "model", "training")
 
 
-def run(config: ConfigDict, workdir: epath.Path) -> None:
-    """Trains the generator of config.model on the rearranged codes and leaves it in workdir/train."""
+def run(config: ConfigDict, workdir: epath.Path, thorough: bool = False) -> None:
+    """Trains the generator of config.model on the rearranged codes and leaves it in workdir/train.
+
+    A thorough run reads a finished one's weights, and trains on from the checkpoint before where they are damaged.
+    """
     directory, section = workdir / "train", config.training
     inputs = open_inputs(config.inputs, workdir)
     made_by = relevant(config, ("seed", "model", "training"))
-    if artifacts.begin(directory, "train", made_by, artifacts.fingerprints(inputs)):
-        say(f"train: done, in {directory}")
-        return
+    given = artifacts.fingerprints(inputs)
     mesh = sharding.make_mesh(**config.mesh)
+    if artifacts.finished(directory, made_by, given):
+        problem = refusal(lambda: load_generator(directory, mesh)) if thorough else ""
+        if not problem:
+            say(f"train: done, in {directory}")
+            return
+        say(f"WARNING: {problem}")
     sharding.check_batch_size(mesh, section.batch_size, "config.training.batch_size", section.accumulation)
-    codes = open_codes(inputs)
+    codes = open_codes(inputs, config.data.cache_dir)
     generator, init, train_step = make_step(config, mesh, codes.facts, codes.cluster_sizes)
-    # What a checkpoint is read by while training goes on.
     facts = generator.facts.to_json()
-    artifacts.note(directory, {"facts": facts})
     eval_step = jax.jit(generator_steps.make_eval_step(generator), out_shardings=sharding.replicated(mesh))
 
     with (
         sharding.use_mesh(mesh),
         TrainingRun.of(section, directory, "train", flops_per_step=generator.flops(section.batch_size)) as training,
     ):
+        command_line.save_config(config, workdir)
+        if artifacts.begin(directory, "train", made_by, given):
+            artifacts.reopen(directory)
+        # What a checkpoint is read by while training goes on.
+        artifacts.note(directory, {"facts": facts})
         if runs := KINDS[config.model.kind].implementation(config.model, generator.facts, sharding.platform()):
             say(f"train: {runs}")
         key = jax.random.key(config.seed)
@@ -92,12 +102,11 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
             state, metrics = step_fn(state, batch)
             training.finished_step(state, metrics, validated)
         figures = training.log_validation(validated(state))
-        seconds = training.seconds
-
-    fingerprint = artifacts.fingerprint_arrays(distributed.to_host(state.ema_params))
-    num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    about = {"facts": facts, "step": section.num_steps, "num_params": num_params, "seconds": seconds}
-    artifacts.finish(directory, fingerprint, figures | about)
+        fingerprint = artifacts.fingerprint_arrays(distributed.to_host(state.ema_params))
+        num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        about = {"facts": facts, "step": section.num_steps, "num_params": num_params, "seconds": training.seconds}
+        training.wait_until_saved()
+        artifacts.finish(directory, fingerprint, figures | about)
     say(f"train: {num_params:,} parameters; on val {summary(figures)}")
 
 
@@ -151,12 +160,16 @@ class Codes(NamedTuple):
     cluster_sizes: tuple[int, ...]
 
 
-def open_codes(inputs: Mapping[str, Artifact]) -> Codes:
-    """The codes of both splits, in the rearranged order."""
+def open_codes(inputs: Mapping[str, Artifact], cache_dir: str) -> Codes:
+    """The codes of both splits, in the rearranged order.
+
+    Args:
+        cache_dir: config.data.cache_dir.
+    """
     permutation = read_permutation(inputs["codebook"])
     directory, num_classes = inputs["codes"].directory, len(inputs["codes"].metadata.figures["class_names"])
-    train = CodeSource(directory, permutation, num_classes)
-    val = FirstCrop(CodeSource(inputs["val_codes"].directory, permutation, num_classes))
+    train = CodeSource(directory, permutation, num_classes, cache_dir)
+    val = FirstCrop(CodeSource(inputs["val_codes"].directory, permutation, num_classes, cache_dir))
     layout = layout_of(inputs["codes"], train[0]["codes"].shape[1])
     return Codes(train, val, Facts(len(permutation.old_to_new), num_classes, layout), permutation.cluster_sizes)
 
@@ -234,4 +247,4 @@ def summary(figures: Mapping[str, float]) -> str:
 
 
 if __name__ == "__main__":
-    command_line.main(run, READS)
+    command_line.main(functools.partial(run, thorough=True), READS)

@@ -18,9 +18,10 @@ from iar_jax.data.images import ImageDataset, open_images
 from iar_jax.data.preprocessing import AUGMENTATIONS
 from iar_jax.interop.lpips import load_lpips
 from iar_jax.models.discriminator import PatchDiscriminator
-from iar_jax.models.tokenizer import build_tokenizer
+from iar_jax.models.tokenizer import build_tokenizer, load_tokenizer
 from iar_jax.models.vqgan import VQModel
 from iar_jax.runtime import artifacts, checkpoint, distributed, sharding
+from iar_jax.runtime.errors import refusal
 from iar_jax.runtime.progress import say
 from iar_jax.training import tokenizer_steps
 from iar_jax.training.loop import TrainingRun
@@ -31,19 +32,23 @@ READS = ("seed", "mesh", "data", "tokenizer", "tokenizer_training")
 MADE_BY = ("seed", "data", "tokenizer", "tokenizer_training")
 
 
-def run(config: ConfigDict, workdir: epath.Path) -> None:
-    """Trains the tokenizer of config.tokenizer and leaves it in workdir/tokenizer."""
+def run(config: ConfigDict, workdir: epath.Path, thorough: bool = False) -> None:
+    """Trains the tokenizer of config.tokenizer and leaves it in workdir/tokenizer.
+
+    A thorough run reads a finished one's weights, and trains on from the checkpoint before where they are damaged.
+    """
     directory = workdir / "tokenizer"
-    made_by = relevant(config, MADE_BY)
-    if artifacts.finished(directory, made_by, {}):
-        say(f"train_tokenizer: done, in {directory}")
-        return
+    made_by, mesh = relevant(config, MADE_BY), sharding.make_mesh(**config.mesh)
+    if artifacts.finished(directory, made_by, {}, lambda: contents_of(config, open_images(config.data))):
+        problem = refusal(lambda: load_tokenizer(directory, mesh)) if thorough else ""
+        if not problem:
+            say(f"train_tokenizer: done, in {directory}")
+            return
+        say(f"WARNING: {problem}")
     section = config.tokenizer_training
-    mesh = sharding.make_mesh(**config.mesh)
     sharding.check_batch_size(mesh, section.batch_size, "config.tokenizer_training.batch_size")
     images = open_images(config.data)
-    artifacts.begin(directory, "train_tokenizer", made_by, {"images": images.fingerprint})
-
+    contents = contents_of(config, images)
     model, discriminator, init, make_step = make_steps(config)
     key = jax.random.key(config.seed)
 
@@ -51,6 +56,9 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         sharding.use_mesh(mesh),
         TrainingRun.of(section, directory, "train_tokenizer") as training,
     ):
+        command_line.save_config(config, workdir)
+        if artifacts.begin(directory, "train_tokenizer", made_by, {"images": images.fingerprint}, contents):
+            artifacts.reopen(directory)
         state, shardings = sharding.initialise_sharded(init, mesh, key, shardings_of=state_shardings)
         state = training.resume(state, checkpoint.abstract_tree(state, shardings))
         compile_step = functools.partial(
@@ -81,18 +89,23 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
             state, metrics = train_step(state, batch)
             training.finished_step(state, metrics, lambda state: validated(state)[0])
         figures, originals, reconstructions = validated(state)
-        figures = training.log_validation(figures)
-        seconds = training.seconds
-
-    path = directory / "samples" / f"reconstructions-{section.num_steps:07d}.png"
-    write_pairs(path, originals[:10], reconstructions[:10])
-    fingerprint = artifacts.fingerprint_arrays(distributed.to_host(state.ema_params))
-    unreadable = list(images.unreadable)
-    artifacts.finish(directory, fingerprint, figures | {"seconds": seconds, "unreadable": unreadable})
+        about = {"seconds": training.seconds, "unreadable": list(images.unreadable)}
+        figures = training.log_validation(figures) | about
+        path = directory / "samples" / f"reconstructions-{section.num_steps:07d}.png"
+        write_pairs(path, originals[:10], reconstructions[:10])
+        training.wait_until_saved()
+        artifacts.finish(directory, artifacts.fingerprint_arrays(distributed.to_host(state.ema_params)), figures)
     say(
         f"train_tokenizer: PSNR {figures['psnr']:.2f} dB, {figures['codebook_usage']:.1%} of the codebook used on val; "
         f"pictures in {path}"
     )
+
+
+def contents_of(config: ConfigDict, images: ImageDataset) -> dict[str, str]:
+    """Fingerprints of what the config's paths name."""
+    section = config.tokenizer_training
+    files = {name: section[name] for name in ("vgg_weights", "lpips_weights") if section[name]}
+    return {"images": images.fingerprint, **{n: artifacts.sha256_of(epath.Path(p)) for n, p in files.items()}}
 
 
 def make_steps(config: ConfigDict) -> tuple[VQModel, PatchDiscriminator | None, Callable, Callable]:
@@ -208,4 +221,4 @@ def validate(evaluate, params, images: ImageDataset, mesh, batch_size: int) -> t
 
 
 if __name__ == "__main__":
-    command_line.main(run, READS)
+    command_line.main(functools.partial(run, thorough=True), READS)

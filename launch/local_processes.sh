@@ -30,7 +30,7 @@ done
 stop() { kill -"$1" "${!index[@]}" 2>/dev/null || true; }
 trap 'stop TERM' TERM INT
 
-code=0
+code=0 how=
 for ((left = processes; left > 0; left--)); do
     # A signal wakes `wait` without a process having ended: wait again.
     while :; do
@@ -43,8 +43,13 @@ for ((left = processes; left > 0; left--)); do
     if [ "$status" != 0 ] && [ "$code" = 0 ]; then
         code=$status
         [ "$failed" = 0 ] || cat "$logs/$failed" >&2
+        [ "$status" -le 128 ] || how="process $failed of $processes was ended by signal $((status - 128)) ($(kill -l $((status - 128))))"
         # After SIGINT or SIGTERM the others are saving their state too.
         case $status in 130 | 143) ;; *) stop TERM; (sleep 10; stop KILL) & ;; esac
     fi
 done
+case $code in
+0 | 1 | 2 | 130 | 143) ;;
+*) echo "${how:-process $failed of $processes ended with status $code}; the others were stopped. Run the same command to go on" >&2 ;;
+esac
 exit "$code"

@@ -5,7 +5,7 @@
 # Others go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-requirements=(requirements.txt requirements-dev.txt)
+requirements=(requirements.txt requirements-gcs.txt requirements-dev.txt)
 options=()
 while [ $# -gt 0 ]; do
     case "$1" in

@@ -83,23 +83,20 @@ def invert(permutation: Int[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
 
 
 def save_permutation(path: Any, permutation: Permutation, codebook_fingerprint: str) -> None:
-    """Writes permutation.npz, whole or not at all.
+    """Writes a permutation file.
 
     Args:
-        path: an epath.Path (any path with `parent`, `name`, `write_bytes`).
+        path: of a local file.
         codebook_fingerprint: of the codebook that the old ids belong to.
     """
-    buffer = io.BytesIO()
-    np.savez(
-        buffer,
-        old_to_new=permutation.old_to_new.astype(np.int32),
-        cluster_size=permutation.cluster_size,
-        coarser_sizes=np.array(permutation.coarser_sizes, np.int32),
-        codebook_fingerprint=codebook_fingerprint,
-    )
-    partial = path.parent / (path.name + ".partial")
-    partial.write_bytes(buffer.getvalue())
-    partial.replace(path)
+    with open(path, "wb") as file:
+        np.savez(
+            file,
+            old_to_new=permutation.old_to_new.astype(np.int32),
+            cluster_size=permutation.cluster_size,
+            coarser_sizes=np.array(permutation.coarser_sizes, np.int32),
+            codebook_fingerprint=codebook_fingerprint,
+        )
 
 
 def load_permutation(path: Any) -> tuple[Permutation, str]:

@@ -8,7 +8,6 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-import jax
 from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
@@ -16,9 +15,11 @@ from ml_collections import ConfigDict, config_flags
 from iar_jax.config.checks import check_config, field_names, unknown_field
 from iar_jax.config.describe import help_text
 from iar_jax.config.fields import default_config
-from iar_jax.runtime import distributed
-from iar_jax.runtime.errors import UserError, file_system_reason
+from iar_jax.runtime import bucket, distributed
+from iar_jax.runtime.errors import UserError, brief, file_system_reason
+from iar_jax.runtime.files import in_bucket, write_bytes
 from iar_jax.runtime.interruption import Interrupted, leave_at_once
+from iar_jax.runtime.watch import Watch
 
 EXIT_USER_ERROR = 2
 
@@ -38,8 +39,9 @@ def main(
     flags.DEFINE_string("workdir", None, "Directory of the experiment; made if it is not there.")
 
     def guarded(_):
+        watch = None
         try:
-            distributed.initialise()
+            watch = distributed.initialise()
             if not distributed.joined():
                 signal.signal(signal.SIGTERM, leave_at_once)
             logging.set_verbosity(logging.WARNING)
@@ -50,10 +52,12 @@ def main(
             config = flags.FLAGS.config
             check_config(config)
             workdir = epath.Path(flags.FLAGS.workdir).expanduser()
-            save_config(config, workdir)
+            for name, path in {"--workdir": flags.FLAGS.workdir, **config.inputs}.items():
+                if in_bucket(str(path)):
+                    bucket.check(epath.Path(path), name if name == "--workdir" else f"config.inputs.{name}")
             run(config, workdir)
         except UserError as error:
-            _fail(str(error), EXIT_USER_ERROR)
+            _fail(str(error), EXIT_USER_ERROR, watch)
         except Interrupted as stop:
             distributed.wait_for_all("stopped")
             _fail(str(stop) if distributed.is_first() else "", 128 + stop.signal_number)
@@ -67,10 +71,13 @@ def main(
                     f"{where}: {reason}. What was finished before is whole; once that is put right, the same command "
                     "goes on",
                     EXIT_USER_ERROR,
+                    watch,
                 )
-            if jax.process_count() > 1:
-                # Others may wait for this process in a collective: they are to hear of its end at once.
+            if watch is not None:
+                # A collective that broke off is the first that one hears of a process that was killed.
+                watch.wait_for_news()
                 traceback.print_exc()
+                watch.leave_word(f"{type(error).__name__}: {brief(error)}")
                 distributed.leave(1)
             raise
 
@@ -157,19 +164,15 @@ def own_options() -> list[tuple[str, str]]:
 
 
 def save_config(config: ConfigDict, workdir: epath.Path) -> None:
-    """Writes the resolved config to workdir/config.json, whole or not at all."""
-    if not distributed.is_first():
-        return
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        partial = workdir / "config.json.partial"
-        partial.write_text(config.to_json_best_effort(indent=2) + "\n")
-        partial.replace(workdir / "config.json")
-    except OSError as error:
-        raise UserError(f"--workdir={workdir} cannot be written: {error.strerror or error}") from error
+    """Writes the resolved config to workdir/config.json. A stage calls it when it has its lock: a run that is refused
+    leaves no trace."""
+    write_bytes(workdir / "config.json", (config.to_json_best_effort(indent=2) + "\n").encode())
 
 
-def _fail(message: str, code: int) -> NoReturn:
+def _fail(message: str, code: int, watch: Watch | None = None) -> NoReturn:
+    if watch is not None:
+        # Others may wait for this process in a collective: they are to hear of its end at once.
+        watch.leave_word(message)
     if message:
         print(f"\n{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
     # Threads of a save that failed wait for each other for ten minutes.

@@ -26,7 +26,8 @@ def help_text(about: str, options: Sequence[tuple[str, str]], sections: Sequence
 def fields_of(sections: Sequence[str]) -> Iterator[tuple[str, Field]]:
     """The fields of some sections (or single ones), by their full names."""
     for name in sections:
-        found = SECTIONS[name]
+        section, _, single = name.partition(".")
+        found = SECTIONS[section][single] if single else SECTIONS[section]
         yield from [(name, found)] if isinstance(found, Field) else leaves(found, f"{name}.")
 
 

@@ -137,12 +137,15 @@ class Field:
         allowed: what values it may have.
         matters: whether another value makes another artifact; where not, it may change from one part of a run to the
             next. "module:NAME" names a function (old section, new section, steps done so far) -> bool that decides.
+        content: of a field that holds a path: the artifact's input that is the fingerprint of what lies there. The
+            same content at another path makes no other artifact.
     """
 
     default: Any
     meaning: str
     allowed: Allowed
     matters: bool | str = True
+    content: str = ""
 
     def changes_artifact(self, old: dict[str, Any], new: dict[str, Any], steps_done: int | None) -> bool:
         """Whether going from one section to the other, which differ in this field, makes another artifact."""

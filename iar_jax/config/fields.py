@@ -120,6 +120,7 @@ SECTIONS: dict[str, Any] = {
             "The images: an embedded set of digits; a folder with one sub-folder for each class; a prepared set of "
             "TensorFlow Datasets; parquet files, as Hugging Face stores image sets.",
             Sources("iar_jax.data.images:SOURCES"),
+            content="images",
         ),
         "tfds_dir": Field(
             "", "Where tfds sets are prepared; empty is TFDS_DATA_DIR or ~/tensorflow_datasets.", Texts(), matters=False
@@ -143,6 +144,12 @@ SECTIONS: dict[str, Any] = {
             0.8, "Side of crop_flip's smallest square, as a share of the image's.", Numbers(0.0, 1.0, False, True)
         ),
         "max_unreadable": Field(10, "Broken files that are left out before the source is refused.", COUNT_OR_NONE),
+        "cache_dir": Field(
+            "",
+            "Local directory that keeps code records of a bucket for training; empty reads them where they lie.",
+            Texts(),
+            matters=False,
+        ),
     },
     # A picture of side R becomes (R / f)^2 codes, f = patch_size * 2^(levels - 1).
     "tokenizer": {
@@ -174,10 +181,16 @@ SECTIONS: dict[str, Any] = {
         "discriminator_channels": Field(64, "Of the discriminator's first layer.", COUNT),
         "discriminator_layers": Field(3, "Of the discriminator, each of which halves the sides.", COUNT),
         "vgg_weights": Field(
-            "", "File of VGG-16 for perceptual_weight; empty takes that in the cache directory, or fetches it.", Texts()
+            "",
+            "File of VGG-16 for perceptual_weight; empty takes that in the cache directory, or fetches it.",
+            Texts(),
+            content="vgg_weights",
         ),
         "lpips_weights": Field(
-            "", "File of LPIPS for perceptual_weight; empty takes that in the cache directory, or fetches it.", Texts()
+            "",
+            "File of LPIPS for perceptual_weight; empty takes that in the cache directory, or fetches it.",
+            Texts(),
+            content="lpips_weights",
         ),
         "quantize_from_step": Field(
             0,
@@ -344,11 +357,14 @@ SECTIONS: dict[str, Any] = {
             "runs on it; inception, the ADM suite's network and figures.",
             Choices("iar_jax.evaluate.scorers:SCORERS"),
         ),
-        "inception_weights": Field("", "File; empty takes that in the cache directory, or fetches it.", Texts()),
+        "inception_weights": Field(
+            "", "File; empty takes that in the cache directory, or fetches it.", Texts(), content="inception_weights"
+        ),
         "reference": Field(
             "",
             "For inception, such as VIRTUAL_imagenet256_labeled.npz; empty is made of the train split.",
             Texts(),
+            content="reference",
         ),
         "batch_size": Field(250, "Images that pass a network together.", COUNT, matters=False),
         "neighbours": Field(3, "k of precision and recall.", COUNT),

@@ -12,11 +12,16 @@ from iar_jax.config.fields import SECTIONS, defaults
 
 
 class Difference(NamedTuple):
-    """A field of the config that is not what it was."""
+    """A field of the config that is not what it was.
+
+    Attributes:
+        content: of a path: the input whose fingerprint tells whether it is the same content at another place.
+    """
 
     field: str
     old: Any
     new: Any
+    content: str = ""
 
     def __str__(self) -> str:
         return f"config.{self.field} was {self.old!r}, now {self.new!r}"
@@ -51,7 +56,8 @@ class RelevantConfig:
             section = difference.field.partition(".")[0]
             field = fields.get(difference.field)
             changes = field is None or field.changes_artifact(before[section], now[section], steps_done)
-            (matter if changes else rest).append(difference)
+            named = difference._replace(content=field.content if field else "")
+            (matter if changes else rest).append(named)
         return matter, rest
 
 

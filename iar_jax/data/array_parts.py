@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import itertools
+import time
 import zipfile
 from collections.abc import Iterator
 from typing import Any
@@ -11,23 +12,51 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from iar_jax.runtime.artifacts import write_bytes
+from iar_jax.runtime import artifacts, files
 from iar_jax.runtime.errors import UserError, brief
+
+# Of all archives: the same rows are the same file.
+DATE = (1980, 1, 1, 0, 0, 0)
 
 
 class ArrayParts:
-    """Rows 0 .. done of an array [num_rows, ...], in a directory of files that are whole or not there."""
+    """Rows 0 .. done of an array [num_rows, ...], in a directory of files that are whole or not there.
+
+    Each is a .npz, whose format has a checksum: a damaged one, and those after it, are made again.
+    """
 
     def __init__(self, directory: epath.Path):
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
-        self.starts = [0]
-        while (path := self._path(self.starts[-1])).exists():
+        self.starts = self._found(remove=True)
+
+    @classmethod
+    def made_elsewhere(cls, directory: epath.Path, num_rows: int) -> "ArrayParts":
+        """All rows, which another process has written just now; waits for those that a network file system does not
+        show yet.
+
+        Raises:
+            UserError: they never came.
+        """
+        parts = cls.__new__(cls)
+        parts.directory = directory
+        for _ in range(artifacts.SEEN_AFTER_SECONDS):
+            parts.starts = parts._found(remove=False)
+            if parts.done == num_rows:
+                return parts
+            time.sleep(1.0)
+        raise UserError(f"{directory}: the first process wrote {num_rows} rows, and {parts.done} are seen here")
+
+    def _found(self, remove: bool) -> list[int]:
+        starts = [0]
+        while (path := self._path(starts[-1])).exists():
             rows = self._read(path)
             if rows is None:
-                path.unlink()
+                if remove:
+                    path.unlink()
                 break
-            self.starts.append(self.starts[-1] + len(rows))
+            starts.append(starts[-1] + len(rows))
+        return starts
 
     @property
     def done(self) -> int:
@@ -36,7 +65,7 @@ class ArrayParts:
 
     def append(self, rows: np.ndarray) -> None:
         """Writes the next rows."""
-        write_bytes(self._path(self.done), npy_bytes(rows))
+        write_npz(self._path(self.done), {"rows": rows})
         self.starts.append(self.done + len(rows))
 
     def take(self, indices: np.ndarray) -> np.ndarray:
@@ -63,12 +92,10 @@ class ArrayParts:
             "fortran_order": False,
             "shape": (self.done, *row.shape),
         }
-        # A fixed date: the same rows are the same file.
-        name = zipfile.ZipInfo("arr_0.npy", (1980, 1, 1, 0, 0, 0))
-        partial = path.parent / (path.name + ".partial")
+        name = zipfile.ZipInfo("arr_0.npy", DATE)
         with (
-            partial.open("wb") as file,
-            zipfile.ZipFile(file, "w") as archive,
+            files.writing(path) as local,
+            zipfile.ZipFile(local, "w") as archive,
             archive.open(name, "w", force_zip64=True) as member,
         ):
             np.lib.format.write_array_header_1_0(member, header)
@@ -76,7 +103,6 @@ class ArrayParts:
                 rows = np.ascontiguousarray(part).data
                 member.write(rows)
                 digest.update(rows)
-        partial.replace(path)
         return digest.hexdigest()
 
     def clear(self) -> None:
@@ -89,7 +115,7 @@ class ArrayParts:
         self.directory.rmtree()
 
     def _path(self, start: int) -> epath.Path:
-        return self.directory / f"from-{start:08d}.npy"
+        return self.directory / f"from-{start:08d}.npz"
 
     def _rows(self, start: int) -> np.ndarray:
         rows = self._read(self._path(start))
@@ -99,9 +125,9 @@ class ArrayParts:
 
     def _read(self, path: epath.Path) -> np.ndarray | None:
         try:
-            with path.open("rb") as file:
-                return np.load(file, allow_pickle=False)
-        except (OSError, ValueError, EOFError):
+            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as content:
+                return content["rows"]
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
             return None
 
 
@@ -114,11 +140,9 @@ def array_names(path: epath.Path) -> set[str]:
 def write_npz(path: epath.Path, arrays: dict[str, np.ndarray]) -> None:
     """Writes arrays by name, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.parent / (path.name + ".partial")
-    with partial.open("wb") as file, zipfile.ZipFile(file, "w") as archive:
+    with files.writing(path) as local, zipfile.ZipFile(local, "w") as archive:
         for name, array in arrays.items():
-            archive.writestr(f"{name}.npy", npy_bytes(array))
-    partial.replace(path)
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy", DATE), npy_bytes(array))
 
 
 def npy_bytes(array: np.ndarray) -> bytes:

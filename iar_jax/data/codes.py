@@ -5,6 +5,7 @@ Ids in the records are those of the ORIGINAL codebook; the permutation is applie
 
 import dataclasses
 import hashlib
+import shutil
 import struct
 
 import numpy as np
@@ -14,10 +15,12 @@ from grain.sources import ArrayRecordDataSource
 from jaxtyping import Int
 
 from iar_jax.codebook.permutation import Permutation, load_permutation
-from iar_jax.runtime.artifacts import Artifact, fingerprint_arrays, read_metadata
+from iar_jax.runtime.artifacts import Artifact, Metadata, changed_files, fingerprint_arrays, read_metadata, sizes_of
 from iar_jax.runtime.errors import UserError, brief
+from iar_jax.runtime.files import in_bucket, writing
+from iar_jax.runtime.progress import say
 
-MAKE_AGAIN = "delete that directory and run python -m iar_jax.extract_codes again"
+MAKE_AGAIN = "run python -m iar_jax.extract_codes again, which makes damaged files anew"
 
 # image id, label, number of crops, codes of a crop, bytes of a code; little-endian.
 HEADER = struct.Struct("<qiIIB")
@@ -61,12 +64,64 @@ def shard_path(directory: epath.Path, shard: int, num_shards: int) -> epath.Path
 
 def write_shard(path: epath.Path, records: list[bytes]) -> None:
     """Writes one ArrayRecord file, whole or not at all."""
-    partial = path.parent / (path.name + ".partial")
-    writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1")
-    for record in records:
-        writer.write(record)
-    writer.close()
-    partial.replace(path)
+    with writing(path) as local:
+        writer = array_record_module.ArrayRecordWriter(str(local), "group_size:1")
+        for record in records:
+            writer.write(record)
+        writer.close()
+
+
+def shards_in(directory: epath.Path) -> list[epath.Path]:
+    """The files of a split, in their order."""
+    return sorted(directory.glob("codes-*.array_record"))
+
+
+def sound(path: epath.Path, num_records: int) -> bool:
+    """Whether a file has so many records and all can be read; ArrayRecord checks each."""
+    try:
+        source = ArrayRecordDataSource([str(path)])
+        return len(source) == num_records and all(unpack(source[i]) for i in range(num_records))
+    except Exception:  # of many kinds
+        return False
+
+
+def whole(directory: epath.Path, metadata: Metadata, thorough: bool) -> bool:
+    """Whether the files of a finished split are those that were written, by their sizes, or by what is in them; says
+    where they are not."""
+    problem = changed_files(directory, metadata)
+    if thorough and not problem:
+        try:
+            if fingerprint_records(shards_in(directory)) != metadata.fingerprint:
+                problem = f"{directory}: its records are not those that were written"
+        except Exception as error:  # of many kinds, for files that are damaged
+            problem = f"{directory}: its records cannot be read ({brief(error)})"
+    if problem:
+        say(f"WARNING: {problem}; damaged files are made again")
+    return not problem
+
+
+def cached(directory: epath.Path, cache_dir: epath.Path) -> list[epath.Path]:
+    """Local copies of the files of a finished split; those of the same content that are there already stay.
+
+    Raises:
+        UserError: the disk has too little room for them.
+    """
+    metadata, paths = read_metadata(directory), shards_in(directory)
+    sizes = sizes_of(paths)
+    copies = cache_dir / (metadata.fingerprint[:16] if metadata else "codes")
+    copies.mkdir(parents=True, exist_ok=True)
+    here = sizes_of(shards_in(copies))
+    missing = [path for path in paths if here.get(path.name) != sizes[path.name]]
+    needed, free = sum(sizes[path.name] for path in missing), shutil.disk_usage(cache_dir).free
+    if needed > free:
+        raise UserError(
+            f"config.data.cache_dir={cache_dir} has {free / 1e9:.1f} GB free, and the code records of {directory} that "
+            f"are not there yet take {needed / 1e9:.1f} GB; give another directory, or none"
+        )
+    for path in missing:
+        with writing(copies / path.name) as local, path.open("rb") as source, local.open("wb") as target:
+            shutil.copyfileobj(source, target, 1 << 22)
+    return [copies / path.name for path in paths]
 
 
 def fingerprint_records(paths: list[epath.Path]) -> str:
@@ -81,14 +136,17 @@ def fingerprint_records(paths: list[epath.Path]) -> str:
 class RawRecords:
     """Random access to code records as they are stored, with the original ids.
 
+    Args:
+        cache_dir: local directory for copies of the files of a bucket; "" reads them where they lie.
+
     Raises:
         UserError: from the constructor where shards are missing, from a read where a record is damaged or has a code
             that the codebook has not.
     """
 
-    def __init__(self, directory: epath.Path, codebook_size: int):
+    def __init__(self, directory: epath.Path, codebook_size: int, cache_dir: str = ""):
         self.codebook_size = codebook_size
-        self.paths = sorted(str(path) for path in directory.glob("codes-*.array_record"))
+        self.paths = [str(path) for path in shards_in(directory)]
         promised = int(self.paths[0].rsplit("-", 1)[1].split(".")[0]) if self.paths else 0
         if not self.paths or len(self.paths) != promised:
             raise UserError(
@@ -96,7 +154,11 @@ class RawRecords:
                 "iar_jax.extract_codes again"
             )
         try:
+            if cache_dir and in_bucket(directory):
+                self.paths = [str(path) for path in cached(directory, epath.Path(cache_dir).expanduser())]
             self.source = ArrayRecordDataSource(self.paths)
+        except UserError:
+            raise
         except Exception as error:  # of many kinds, for files that are not ArrayRecord any more
             raise UserError(f"{directory}: its code files cannot be read ({brief(error)}); {MAKE_AGAIN}") from error
 
@@ -167,8 +229,8 @@ class CodeSource:
             or the classes.
     """
 
-    def __init__(self, directory: epath.Path, permutation: Permutation, num_classes: int):
-        self.records = RawRecords(directory, len(permutation.old_to_new))
+    def __init__(self, directory: epath.Path, permutation: Permutation, num_classes: int, cache_dir: str = ""):
+        self.records = RawRecords(directory, len(permutation.old_to_new), cache_dir)
         self.permutation = permutation
         self.num_classes = num_classes
 

@@ -7,7 +7,7 @@ from etils import epath
 from jaxtyping import UInt8
 from PIL import Image
 
-from iar_jax.runtime.artifacts import write_bytes
+from iar_jax.runtime.files import write_bytes
 
 
 def image_grid(

@@ -18,7 +18,7 @@ from iar_jax.data.images import ImageDataset
 from iar_jax.metrics import features, frechet, precision_recall
 from iar_jax.metrics.adm_suite import ImageSet
 from iar_jax.models.classifier import Classifier
-from iar_jax.runtime import artifacts, checkpoint, sharding
+from iar_jax.runtime import artifacts, checkpoint, distributed, sharding
 from iar_jax.runtime.progress import progress
 from iar_jax.training import classifier_steps
 from iar_jax.training.loop import TrainingRun
@@ -28,10 +28,11 @@ from iar_jax.training.state import state_shardings
 
 
 class Judge(NamedTuple):
-    """The classifier, and the share of the val images that it gets right."""
+    """The classifier, the devices that it runs on, and the share of the val images that it gets right."""
 
     model: Classifier
     params: Any
+    mesh: Mesh
     val_accuracy: float
 
 
@@ -62,7 +63,7 @@ def judged(judge: Judge, title: str, rows: ImageStream, batch_size: int) -> feat
     parts = []
     with progress(f"features of {title}", rows.shape[0], "images") as shown:
         for batch in rows.batches(batch_size):
-            parts.append(features.classifier_features(judge.model, judge.params, batch, batch_size))
+            parts.append(features.classifier_features(judge.model, judge.params, batch, batch_size, judge.mesh))
             shown.update(len(batch))
     return features.ClassifierFeatures(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 
@@ -71,8 +72,8 @@ def trained(config: ConfigDict, directory: epath.Path, images: ImageDataset, mes
     """The classifier of this data set, trained unless it is there."""
     section = config.evaluation
     model = Classifier(num_classes=len(images.class_names), resolution=config.data.resolution)
-    made_by = relevant(config, ("seed", "data", "evaluation"))
-    done = artifacts.begin(directory, "evaluate", made_by, {"images": images.fingerprint})
+    made_by, given = relevant(config, ("seed", "data", "evaluation")), {"images": images.fingerprint}
+    done = artifacts.finished(directory, made_by, given, lambda: given)
     optimizer = make_optimizer(
         learning_rate_schedule("cosine", section.classifier_learning_rate, 20, section.classifier_steps),
         b1=0.9,
@@ -85,27 +86,7 @@ def trained(config: ConfigDict, directory: epath.Path, images: ImageDataset, mes
         shapes = jax.eval_shape(init, jax.random.key(config.seed)).ema_params
         abstract = checkpoint.abstract_tree(shapes, jax.tree.map(lambda _: sharding.replicated(mesh), shapes))
         params, _ = checkpoint.restore_params(directory / "checkpoints", abstract)
-        return Judge(model, params, done.figures["val_accuracy"])
-    params = train(config, directory, images, mesh, model, optimizer, init)
-    judge = Judge(model, params, 0.0)
-    _, predictions = judged(judge, "val images", SourceStream(images.val), section.batch_size)
-    accuracy = float(np.mean(predictions == images.val.labels))
-    params = jax.device_get(params)
-    artifacts.finish(directory, artifacts.fingerprint_arrays(params), {"val_accuracy": accuracy})
-    return judge._replace(val_accuracy=accuracy)
-
-
-def train(
-    config: ConfigDict,
-    directory: epath.Path,
-    images: ImageDataset,
-    mesh: Mesh,
-    model: Classifier,
-    optimizer: optax.GradientTransformation,
-    init: Callable[[Any], Any],
-) -> Any:
-    """Trains the classifier, or goes on; returns its averaged weights."""
-    section, key = config.evaluation, jax.random.key(config.seed)
+        return Judge(model, params, mesh, done.figures["val_accuracy"])
     sharding.check_batch_size(mesh, section.classifier_batch_size, "config.evaluation.classifier_batch_size")
     with (
         sharding.use_mesh(mesh),
@@ -119,28 +100,49 @@ def train(
             retention=checkpoint.Retention(latest=1),
         ) as training,
     ):
-        state, shardings = sharding.initialise_sharded(init, mesh, key, shardings_of=state_shardings)
-        state = training.resume(state, checkpoint.abstract_tree(state, shardings))
-        train_step = jax.jit(
-            classifier_steps.make_classifier_train_step(
-                model, optimizer, ema_decay=0.99, key=jax.random.fold_in(key, 1)
-            ),
-            donate_argnums=0,
-            out_shardings=(shardings, sharding.replicated(mesh)),
-        )
-        batches = loader.train_batches(
-            images.train,
-            functools.partial(augment, config.data),
-            seed=config.seed,
-            batch_size=section.classifier_batch_size,
-            first_step=training.step,
-            part=0,
-            num_parts=1,
-        )
-        for _ in training.steps():
-            batch = sharding.global_batch(mesh, training.next_batch(batches))
-            state, metrics = train_step(state, batch["image"], batch["label"])
-            training.finished_step(state, metrics)
+        artifacts.begin(directory, "evaluate", made_by, given)
+        params = train(config, training, images, mesh, model, optimizer, init)
+        judge = Judge(model, params, mesh, 0.0)
+        _, predictions = judged(judge, "val images", SourceStream(images.val), section.batch_size)
+        accuracy = float(np.mean(predictions == images.val.labels))
+        training.wait_until_saved()
+        fingerprint = artifacts.fingerprint_arrays(distributed.to_host(params))
+        artifacts.finish(directory, fingerprint, {"val_accuracy": accuracy})
+    return judge._replace(val_accuracy=accuracy)
+
+
+def train(
+    config: ConfigDict,
+    training: TrainingRun,
+    images: ImageDataset,
+    mesh: Mesh,
+    model: Classifier,
+    optimizer: optax.GradientTransformation,
+    init: Callable[[Any], Any],
+) -> Any:
+    """Trains the classifier, or goes on; returns its averaged weights."""
+    key = jax.random.key(config.seed)
+    state, shardings = sharding.initialise_sharded(init, mesh, key, shardings_of=state_shardings)
+    state = training.resume(state, checkpoint.abstract_tree(state, shardings))
+    train_step = jax.jit(
+        classifier_steps.make_classifier_train_step(model, optimizer, ema_decay=0.99, key=jax.random.fold_in(key, 1)),
+        donate_argnums=0,
+        out_shardings=(shardings, sharding.replicated(mesh)),
+    )
+    part, num_parts = sharding.local_part(mesh)
+    batches = loader.train_batches(
+        images.train,
+        functools.partial(augment, config.data),
+        seed=config.seed,
+        batch_size=training.batch_size,
+        first_step=training.step,
+        part=part,
+        num_parts=num_parts,
+    )
+    for _ in training.steps():
+        batch = sharding.global_batch(mesh, training.next_batch(batches))
+        state, metrics = train_step(state, batch["image"], batch["label"])
+        training.finished_step(state, metrics)
     return state.ema_params
 
 

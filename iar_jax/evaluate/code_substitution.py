@@ -1,7 +1,5 @@
 """What a wrong code costs: codes of val images are replaced by others, near and far ones."""
 
-import json
-
 import jax
 import numpy as np
 from etils import epath
@@ -17,6 +15,7 @@ from iar_jax.metrics import code_substitution_report, features
 from iar_jax.models.quantizer import normalize
 from iar_jax.models.tokenizer import load_tokenizer
 from iar_jax.runtime import artifacts, sharding
+from iar_jax.runtime.files import write_bytes, write_json
 from iar_jax.runtime.progress import progress, say
 
 
@@ -76,8 +75,8 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     page = code_substitution_report.page(title, originals, reconstructions, substitutions, own_error, visible)
     grid, rows = code_substitution_report.picture(originals, reconstructions, substitutions)
     image_grids.write_png(directory / "pictures.png", grid)
-    artifacts.write_bytes(directory / "figures.json", (json.dumps(figures, indent=2) + "\n").encode())
-    artifacts.write_bytes(directory / "report.html", page.encode())
+    write_json(directory / "figures.json", figures)
+    write_bytes(directory / "report.html", page.encode())
     say(f"{table.head[0]:32}" + "".join(f"{cell:>10}" for cell in table.head[1:]))
     for row in table.rows:
         say(f"{row[0]:32}" + "".join(f"{cell:>10}" for cell in row[1:]))

@@ -1,6 +1,5 @@
 """Sets of images scored by the protocol of the ADM suite, and references made of them."""
 
-import json
 from typing import Any
 
 from etils import epath
@@ -11,6 +10,7 @@ from iar_jax.interop import downloads, inception
 from iar_jax.metrics import adm_suite
 from iar_jax.metrics.adm_suite import ImageSet, Network, Reference
 from iar_jax.runtime import artifacts, lock
+from iar_jax.runtime.files import write_json
 from iar_jax.runtime.progress import say
 
 
@@ -50,7 +50,7 @@ def score(
     with lock.hold(output):
         scores = adm_suite.score(adm_suite.features_of(images, network, kept, batch_size), reference)
         content = scored(images, scores, reference, network)
-        artifacts.write_bytes(output / "scores.json", (json.dumps(content, indent=2) + "\n").encode())
+        write_json(output / "scores.json", content)
     adm_suite.forget(images, network, kept)
     announce(content)
     say(f"scores            {output / 'scores.json'}")

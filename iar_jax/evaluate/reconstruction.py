@@ -1,13 +1,13 @@
 """What the tokenizer does to the val images: PSNR, SSIM, and LPIPS and rFID where their weights are given."""
 
 import functools
-import json
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from iar_jax.data import image_grids, preprocessing
@@ -22,7 +22,8 @@ from iar_jax.losses.tokenizer_losses import psnr
 from iar_jax.metrics import adm_suite, features, ssim
 from iar_jax.metrics.adm_suite import ImageSet
 from iar_jax.models.tokenizer import load_tokenizer
-from iar_jax.runtime import artifacts, lock, sharding
+from iar_jax.runtime import artifacts, distributed, lock, sharding
+from iar_jax.runtime.files import write_json
 from iar_jax.runtime.progress import progress, say
 
 
@@ -33,10 +34,11 @@ def run(
     scores.json, against the val images themselves or the reference that is given."""
     directory = workdir / "evaluation" / "reconstruction"
     tokenizer_directory = artifacts.locate(config.inputs, workdir, "tokenizer")
-    model, params, tokenizer = load_tokenizer(tokenizer_directory, sharding.make_mesh(**config.mesh))
+    mesh = sharding.make_mesh(**config.mesh)
+    model, params, tokenizer = load_tokenizer(tokenizer_directory, mesh)
     images = open_images(config.data)
     size = config.evaluation.batch_size
-    reconstruct = functools.partial(through_tokenizer, model, params, batch_size=size)
+    reconstruct = functools.partial(through_tokenizer, model, params, batch_size=size, mesh=mesh)
     originals, reconstructions = val_sets(images, reconstruct, tokenizer)
     measures: dict[str, Callable] = {"psnr": psnr_of_bytes, "ssim": ssim.ssim}
     section = config.tokenizer_training
@@ -45,7 +47,8 @@ def run(
         measures["lpips"] = lambda *pair: np.ravel(lpips(*map(preprocessing.to_unit_range, pair)))
     values: dict[str, list[np.ndarray]] = {name: [] for name in measures}
     with lock.hold(directory), progress("reconstructing", len(images.val), "images") as shown:
-        sets = {name: ArrayParts(directory / f"{name}-parts") for name in ("originals", "reconstructions")}
+        names = ("originals", "reconstructions") if distributed.is_first() else ()
+        sets = {name: ArrayParts(directory / f"{name}-parts") for name in names}
         for part in sets.values():
             part.clear()
         for batch in originals.rows.batches(size):
@@ -56,19 +59,14 @@ def run(
                     return np.asarray(measure(both[:, 0], both[:, 1]))
 
                 values[name].append(features.in_batches(of_pairs, np.stack(pair, axis=1), size))
-            for part, rows in zip(sets.values(), pair, strict=True):
+            for part, rows in zip(sets.values(), pair, strict=False):
                 part.append(rows)
             shown.update(len(batch))
-        some = np.linspace(0, len(images.val) - 1, min(10, len(images.val))).round().astype(int)
-        pairs = np.concatenate([part.take(some) for part in sets.values()])
-        scale = image_grids.scale_to_see(config.data.resolution)
-        image_grids.write_png(directory / "pairs.png", image_grids.image_grid(pairs, columns=len(some), scale=scale))
-        for name, part in sets.items():
-            part.save_npz(directory / f"{name}.npz")
-            part.remove()
+        if sets:
+            write_sets(directory, sets, config.data.resolution)
     figures: dict[str, Any] = {name: float(np.concatenate(found).mean()) for name, found in values.items()}
     figures = {"images": len(images.val), "tokenizer": tokenizer.fingerprint, **figures}
-    artifacts.write_bytes(directory / "figures.json", (json.dumps(figures, indent=2) + "\n").encode())
+    write_json(directory / "figures.json", figures)
     for name in measures:
         say(f"{name:16}{figures[name]:>12.4f}")
     say(f"pictures          {directory / 'pairs.png'} (above: originals)")
@@ -82,6 +80,18 @@ def run(
     else:
         reference = adm_suite.load_reference(reference_path, network, kept, batch_size)
     files.score(reconstructions, reference, network, directory, kept, batch_size)
+
+
+def write_sets(directory: epath.Path, sets: dict[str, ArrayParts], resolution: int) -> None:
+    """Originals and reconstructions as .npz files, and some pairs as a picture."""
+    count = min(part.done for part in sets.values())
+    some = np.linspace(0, count - 1, min(10, count)).round().astype(int)
+    pairs = np.concatenate([part.take(some) for part in sets.values()])
+    scale = image_grids.scale_to_see(resolution)
+    image_grids.write_png(directory / "pairs.png", image_grids.image_grid(pairs, columns=len(some), scale=scale))
+    for name, part in sets.items():
+        part.save_npz(directory / f"{name}.npz")
+        part.remove()
 
 
 def val_sets(
@@ -99,13 +109,12 @@ def val_sets(
     )
 
 
-def through_tokenizer(model: Any, params: Any, images: np.ndarray, batch_size: int) -> np.ndarray:
-    """uint8 images after the tokenizer."""
-
-    def reconstruct(batch):
-        return preprocessing.to_uint8(apply_tokenizer(model, params, preprocessing.to_unit_range(batch)))
-
-    return features.in_batches(reconstruct, images, batch_size)
+def through_tokenizer(model: Any, params: Any, images: np.ndarray, batch_size: int, mesh: Mesh) -> np.ndarray:
+    """uint8 images after the tokenizer, over the devices of a mesh."""
+    found = features.over_mesh(
+        lambda batch: apply_tokenizer(model, params, batch), images, batch_size, mesh, preprocessing.to_unit_range
+    )
+    return preprocessing.to_uint8(found)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from iar_jax.data.image_streams import SourceStream
 from iar_jax.data.images import ImageDataset
 from iar_jax.evaluate import classifier, files
+from iar_jax.interop import downloads
 from iar_jax.metrics import adm_suite
 from iar_jax.metrics.adm_suite import ImageSet
 from iar_jax.runtime import artifacts, lock
@@ -117,11 +118,19 @@ def given_reference(section: Section) -> dict[str, str]:
     return {"reference": artifacts.sha256_of(reference_file(section))} if section["reference"] else {}
 
 
+def given_weights(section: Section) -> dict[str, str]:
+    """The fingerprint of config.evaluation.inception_weights, where it is set."""
+    given = section["inception_weights"]
+    path = downloads.find(given, downloads.INCEPTION, "Inception weights") if given else None
+    return {"inception_weights": artifacts.sha256_of(path)} if path else {}
+
+
 class Scorer(NamedTuple):
     """How samples are scored, and how that is told.
 
     Attributes:
-        inputs: fingerprints of files that config.evaluation names.
+        inputs: fingerprints of files that config.evaluation names, and which are known before anything is opened.
+        contents: of the others.
         score: the content of the scores' file.
         meaning: what the scores can be compared with.
         cards: the figures at the top of the report.
@@ -129,6 +138,7 @@ class Scorer(NamedTuple):
     """
 
     inputs: Callable[[Section], dict[str, str]]
+    contents: Callable[[Section], dict[str, str]]
     score: Callable[..., dict[str, Any]]
     meaning: Callable[[dict[str, Any]], str]
     cards: Callable[[dict[str, Any], dict[str, Any], dict[str, Any]], Cards]
@@ -139,6 +149,7 @@ class Scorer(NamedTuple):
 SCORERS = {
     "classifier": Scorer(
         lambda section: {},
+        lambda section: {},
         classifier_scores,
         classifier_meaning,
         classifier_cards,
@@ -146,6 +157,7 @@ SCORERS = {
     ),
     "inception": Scorer(
         given_reference,
+        given_weights,
         inception_scores,
         inception_meaning,
         inception_cards,

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from iar_jax import sample
 from iar_jax.codebook.permutation import Permutation
+from iar_jax.config import command_line
 from iar_jax.config.relevance import relevant
 from iar_jax.data import image_grids
 from iar_jax.data.array_parts import read_array
@@ -25,8 +26,10 @@ from iar_jax.metrics import adm_suite, report
 from iar_jax.metrics.adm_suite import ImageSet
 from iar_jax.models.quantizer import normalize
 from iar_jax.models.tokenizer import LoadedTokenizer, load_tokenizer
-from iar_jax.runtime import artifacts, metric_log, sharding
+from iar_jax.runtime import artifacts, lock, metric_log, sharding
 from iar_jax.runtime.artifacts import Artifact
+from iar_jax.runtime.errors import UserError, refusal
+from iar_jax.runtime.files import json_bytes, read_bytes, write_bytes, write_json
 from iar_jax.runtime.progress import say
 
 READS = ("seed", "inputs", "mesh", "data", "tokenizer_training", "sampling", "evaluation")
@@ -55,17 +58,44 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, Any]:
     artifacts.check_made_from(samples, inputs)
     given = {"samples": samples.fingerprint, **SCORERS[section.features].inputs(section)}
     made_by = relevant(config, ("seed", "data", "evaluation"))
-    done = artifacts.begin(directory / name, "evaluate", made_by, given)
-    if done and (directory / "report.html").exists():
+
+    def contents() -> dict[str, str]:
+        return {"images": open_images(config.data).fingerprint, **SCORERS[section.features].contents(section)}
+
+    done = artifacts.finished(directory / name, made_by, given, contents)
+    if done and written(directory, name, done):
         say(f"evaluate: done, in {directory}")
         announce(done.figures["scores"], samples.directory, directory, name)
         return done.figures["scores"]
+    with lock.hold(directory / name):
+        command_line.save_config(config, workdir)
+        artifacts.begin(directory / name, "evaluate", made_by, given, contents())
+        content = measured(config, workdir, inputs | {"samples": samples}, name)
+    announce(content, samples.directory, directory, name)
+    return content
+
+
+def written(directory: epath.Path, name: str, done: artifacts.Metadata) -> bool:
+    """Whether the files of a finished evaluation are what they were: the scores, and a whole report of some scores."""
+    scores, page = read_bytes(directory / f"{name}.json"), read_bytes(directory / "report.html")
+    sound = scores == json_bytes(done.figures["scores"]) and page is not None and page.rstrip().endswith(b"</html>")
+    if not sound:
+        say(f"WARNING: the files of {name} in {directory} are gone or damaged; they are made again")
+    return sound
+
+
+def measured(config: ConfigDict, workdir: epath.Path, inputs: dict[str, Artifact], name: str) -> dict[str, Any]:
+    """Scores finished samples, writes what `run` leaves, and returns the scores' content."""
+    directory, section, samples = workdir / "evaluation", config.evaluation, inputs["samples"]
     start = time.monotonic()
+    problem = refusal(lambda: sample.check_samples(samples.directory, samples.metadata))
+    if problem:
+        raise UserError(f"{problem}; python -m iar_jax.sample with the same config makes them again")
     mesh = sharding.make_mesh(**config.mesh)
     images = open_images(config.data)
     tokenizer = load_tokenizer(inputs["tokenizer"].directory, mesh)
     reconstruct = functools.partial(
-        reconstruction.through_tokenizer, tokenizer.model, tokenizer.params, batch_size=section.batch_size
+        reconstruction.through_tokenizer, tokenizer.model, tokenizer.params, batch_size=section.batch_size, mesh=mesh
     )
     originals, reconstructions = reconstruction.val_sets(images, reconstruct, tokenizer.metadata)
     labels = read_array(samples.directory / "labels.npy")
@@ -77,13 +107,12 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, Any]:
     }
     content = SCORERS[section.features].score(config, directory, images, sets, mesh)
     content |= {"labels": config.sampling.labels, "cfg_scale": config.sampling.cfg_scale}
-    artifacts.write_bytes(directory / f"{name}.json", (json.dumps(content, indent=2) + "\n").encode())
     seconds = time.monotonic() - start
-    page = page_of(config, workdir, inputs | {"samples": samples}, tokenizer, images, reconstruct, content, seconds)
-    artifacts.write_bytes(directory / "report.html", page.encode())
+    page = page_of(config, workdir, inputs, tokenizer, images, reconstruct, content, seconds)
+    write_json(directory / f"{name}.json", content)
+    write_bytes(directory / "report.html", page.encode())
     fingerprint = hashlib.sha256(json.dumps(content["scores"]).encode()).hexdigest()
     artifacts.finish(directory / name, fingerprint, {"scores": content, "seconds": seconds})
-    announce(content, samples.directory, directory, name)
     return content
 
 

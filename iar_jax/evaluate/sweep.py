@@ -1,6 +1,5 @@
 """Samples and scores along one field of config.sampling: the curve from which a guidance scale is chosen."""
 
-import json
 from collections.abc import Callable
 
 from etils import epath
@@ -8,8 +7,8 @@ from ml_collections import ConfigDict
 
 from iar_jax.config.checks import check_config
 from iar_jax.metrics import report
-from iar_jax.runtime import artifacts
 from iar_jax.runtime.errors import UserError
+from iar_jax.runtime.files import write_bytes, write_json
 from iar_jax.runtime.progress import say
 
 SWEPT = ("cfg_scale", "temperature", "top_k", "top_p")
@@ -34,9 +33,9 @@ def run(config: ConfigDict, workdir: epath.Path, sweep: str, score: Score) -> No
         rows.append({field: value, **score(point, workdir)})
     directory = workdir / "evaluation"
     content = {"field": field, "labels": config.sampling.labels, "seed": config.sampling.seed, "points": rows}
-    artifacts.write_bytes(directory / f"sweep-{field}.json", (json.dumps(content, indent=2) + "\n").encode())
+    write_json(directory / f"sweep-{field}.json", content)
     plot = report.sweep_plot(field, rows, f"{config.sampling.num_images} samples at each point.")
-    artifacts.write_bytes(directory / f"sweep-{field}.png", plot.png)
+    write_bytes(directory / f"sweep-{field}.png", plot.png)
     names = list(rows[0])
     say("\n" + "".join(f"{name:>20}" for name in names))
     for row in rows:

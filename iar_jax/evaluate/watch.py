@@ -1,7 +1,5 @@
 """Follows a training, which may be running elsewhere, and scores each of its checkpoints."""
 
-import json
-import os
 import time
 
 from etils import epath
@@ -11,20 +9,19 @@ from iar_jax.evaluate.sweep import Score
 from iar_jax.generators.generator import generator_directory
 from iar_jax.runtime import artifacts, checkpoint, metric_log
 from iar_jax.runtime.errors import UserError
+from iar_jax.runtime.files import Log, read_log
 from iar_jax.runtime.progress import say
 
 
 def run(config: ConfigDict, workdir: epath.Path, pause: float, score: Score) -> None:
     """Scores each checkpoint of a training, which may be running elsewhere, once: in order, until the training is
     finished and all are scored. Leaves watch.jsonl and TensorBoard events in workdir/evaluation."""
-    from clu import metric_writers  # imports TensorFlow, which takes seconds
-
     transformer_directory = generator_directory(config.inputs, workdir)
     directory = workdir / "evaluation"
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "watch.jsonl"
-    scored = {line["step"] for line in metric_log.read_metrics(directory, path.name)}
-    board = metric_writers.SummaryWriter(os.fspath(directory))
+    log, board = Log(path), metric_log.TensorBoard(directory)
+    scored = {line["step"] for line in read_log(path)}
     say(f"watching {transformer_directory}: {len(scored)} checkpoints scored before")
     while True:
         training = artifacts.read_metadata(transformer_directory)
@@ -42,9 +39,9 @@ def run(config: ConfigDict, workdir: epath.Path, pause: float, score: Score) -> 
                 say(f"the checkpoint of step {step} was removed before it was scored ({error})")
                 continue
             found = {name: value for name, value in figures.items() if value is not None}
-            with path.open("a") as file:
-                file.write(json.dumps({"step": step, **found}) + "\n")
-            board.write_scalars(step, {f"evaluation/{name}": value for name, value in found.items()})
+            log.append({"step": step, **found})
+            log.flush()
+            board.write(step, {f"evaluation/{name}": value for name, value in found.items()})
             board.flush()
         if not new and training is not None and training.finished:
             say(f"watch: the training is finished, {len(scored)} checkpoints are scored, in {path}")

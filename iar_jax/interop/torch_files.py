@@ -7,6 +7,7 @@ LlamaGen's trainers save, read as a plain dict) and refuses every other global b
 import collections
 import io
 import math
+import os
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -15,8 +16,10 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from etils import epath
 
 from iar_jax.runtime.errors import UserError
+from iar_jax.runtime.files import writing
 
 # Names of PyTorch's storage classes, and of dtypes, to numpy.
 STORAGE_DTYPES = {
@@ -213,7 +216,7 @@ def _read_legacy(path: Path) -> Any:
         return _arrays(value)
 
 
-def write_torch_file(weights: dict[str, np.ndarray], path: str | Path) -> None:
+def write_torch_file(weights: dict[str, np.ndarray], path: os.PathLike[str] | str) -> None:
     """Writes weights to .safetensors, or to .pt as {"model": weights} where PyTorch is installed.
 
     The file appears under its name when it is whole.
@@ -221,21 +224,21 @@ def write_torch_file(weights: dict[str, np.ndarray], path: str | Path) -> None:
     Raises:
         UserError: another suffix, or .pt without PyTorch.
     """
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    if path.suffix == ".safetensors":
+    target = epath.Path(path).expanduser()
+    if target.suffix == ".safetensors":
         from safetensors.numpy import save_file
 
-        save_file(weights, partial)
-    elif path.suffix in (".pt", ".pth"):
+        with writing(target) as local:
+            save_file(weights, local)
+    elif target.suffix in (".pt", ".pth"):
         try:
             import torch
         except ImportError:
             raise UserError(
-                f"writing {path.name} needs PyTorch (pip install 'iar_jax[torch]'); "
-                f"{path.with_suffix('.safetensors').name} can be written without"
+                f"writing {target.name} needs PyTorch (pip install 'iar_jax[torch]'); "
+                f"{target.with_suffix('.safetensors').name} can be written without"
             ) from None
-        torch.save({"model": {name: torch.from_numpy(value.copy()) for name, value in weights.items()}}, partial)
+        with writing(target) as local:
+            torch.save({"model": {name: torch.from_numpy(value.copy()) for name, value in weights.items()}}, local)
     else:
         raise UserError(f"{path}: weights are written to .safetensors or .pt")
-    partial.replace(path)

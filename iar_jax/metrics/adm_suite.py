@@ -21,6 +21,7 @@ from iar_jax.metrics.inception_score import inception_score
 from iar_jax.metrics.kernel_distance import kernel_distance
 from iar_jax.metrics.precision_recall import precision_recall
 from iar_jax.models.inception import InceptionV3
+from iar_jax.runtime import distributed
 from iar_jax.runtime.artifacts import sha256_of
 from iar_jax.runtime.errors import UserError
 from iar_jax.runtime.interruption import catch_stop_signals
@@ -120,9 +121,10 @@ def features_of(images: ImageSet, network: Network, directory: epath.Path, batch
     Raises:
         Interrupted: a signal asked for a stop.
     """
-    count = images.rows.shape[0]
-    parts = {name: ArrayParts(kept_features(images, network, directory) / name) for name in DIMENSIONS}
-    first = min(part.done for part in parts.values())
+    count, kept = images.rows.shape[0], kept_features(images, network, directory)
+    # Every process makes its share of each batch and gets all features; the first one keeps them.
+    parts = {name: ArrayParts(kept / name) for name in DIMENSIONS} if distributed.is_first() else {}
+    first = distributed.from_first(min((part.done for part in parts.values()), default=0))
     with catch_stop_signals() as stop, progress(f"features of {images.name}", count, "images", first=first) as shown:
         for batch in images.rows.batches(PART, first):
             found = inception_features(network.module, network.params, batch, batch_size)
@@ -132,6 +134,9 @@ def features_of(images: ImageSet, network: Network, directory: epath.Path, batch
             first += len(batch)
             shown.update(len(batch))
             stop.obey(f"evaluate stopped after image {first} of {count}, whose features are kept")
+    distributed.wait_for_all("features")
+    if not parts:
+        parts = {name: ArrayParts.made_elsewhere(kept / name, count) for name in DIMENSIONS}
     statistics = {}
     for name in (POOL, SPATIAL):
         running = RunningStatistics(DIMENSIONS[name])
@@ -150,8 +155,9 @@ def kept_features(images: ImageSet, network: Network, directory: epath.Path) -> 
 
 def forget(images: ImageSet, network: Network, directory: epath.Path) -> None:
     """Deletes the kept features of a set: 20 KB an image."""
+    distributed.wait_for_all("features are read")
     kept = kept_features(images, network, directory)
-    if kept.exists():
+    if distributed.is_first() and kept.exists():
         kept.rmtree()
 
 
@@ -311,7 +317,9 @@ def make_reference(
         POOL: np.asarray(found.pool)[chosen],
         "about": np.array(json.dumps(about)),
     }
-    write_npz(path, arrays)
+    if distributed.is_first():
+        write_npz(path, arrays)
+    distributed.wait_for_all("reference")
     forget(images, network, directory)
     return about
 

@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
 from iar_jax.data.preprocessing import to_unit_range
 from iar_jax.models.classifier import Classifier
 from iar_jax.models.inception import SIZE, InceptionV3, legacy_resize
-from iar_jax.runtime import sharding
+from iar_jax.runtime import distributed, sharding
 
 
 class ClassifierFeatures(NamedTuple):
@@ -23,11 +24,11 @@ class ClassifierFeatures(NamedTuple):
 
 
 def classifier_features(
-    model: Classifier, params: Any, images: UInt8[np.ndarray, "N R R 3"], batch_size: int
+    model: Classifier, params: Any, images: UInt8[np.ndarray, "N R R 3"], batch_size: int, mesh: Mesh
 ) -> ClassifierFeatures:
-    """Features and predictions of uint8 images, batch by batch; the last batch is filled up, not compiled anew."""
-    found, logits = in_batches(
-        lambda batch: classifier_outputs(model, params, to_unit_range(batch)), images, batch_size
+    """Features and predictions of uint8 images, batch by batch over the devices of a mesh."""
+    found, logits = over_mesh(
+        lambda batch: classifier_outputs(model, params, batch), images, batch_size, mesh, to_unit_range
     )
     return ClassifierFeatures(found, logits.argmax(axis=-1))
 
@@ -49,6 +50,28 @@ def in_batches(function: Callable[[np.ndarray], Any], array: np.ndarray, batch_s
     return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(array)], *found)
 
 
+def over_mesh(
+    function: Callable[[Any], Any],
+    array: np.ndarray,
+    batch_size: int,
+    mesh: Mesh,
+    prepare: Callable[[np.ndarray], np.ndarray] = lambda rows: rows,
+) -> Any:
+    """`in_batches` with each batch, of `batch_size` entries rounded up, split over the devices of all processes. Every
+    process has the whole array, prepares its part of it, and gets all results.
+
+    Args:
+        function: of a device array, traced or not.
+        prepare: what becomes of a process' entries before they go to its devices.
+    """
+    shards = sharding.num_batch_shards(mesh)
+
+    def split(batch: np.ndarray) -> Any:
+        return distributed.to_host(function(sharding.global_batch(mesh, prepare(sharding.part_of(mesh, batch)))))
+
+    return in_batches(split, array, -(-batch_size // shards) * shards)
+
+
 def inception_features(
     module: InceptionV3, params: Any, images: UInt8[np.ndarray, "N H W 3"], batch_size: int = 64
 ) -> dict[str, Float[np.ndarray, "N D"]]:
@@ -63,11 +86,8 @@ def inception_features(
         "pool" [N, 2048], "spatial" [N, 2023] and "logits" [N, 1008], float32.
     """
     mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
-    batch_size = -(-batch_size // mesh.size) * mesh.size
     params = jax.device_put(params, sharding.replicated(mesh))
-    found = in_batches(
-        lambda batch: inception_outputs(module, params, sharding.global_batch(mesh, batch)), images, batch_size
-    )
+    found = over_mesh(lambda batch: inception_outputs(module, params, batch), images, batch_size, mesh)
     return found._asdict()
 
 

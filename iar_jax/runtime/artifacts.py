@@ -1,15 +1,20 @@
 """What a stage leaves in the workdir: files and a metadata.json that binds them to their inputs.
 
 An artifact is finished or it is not there. A stage refuses inputs that do not belong together and a config that
-changed behind a finished stage.
+changed behind a finished stage. metadata.json has a copy beside it, from which it is read where it is damaged.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Mapping
+import socket
+import time
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -18,12 +23,20 @@ from etils import epath
 
 from iar_jax.runtime import distributed
 from iar_jax.runtime.checkpoint import steps_in
-from iar_jax.runtime.errors import UserError
+from iar_jax.runtime.errors import UserError, brief
+from iar_jax.runtime.files import json_bytes, read_bytes, write_bytes
 from iar_jax.runtime.progress import say
 from iar_jax.runtime.section import Section
 
 # 1: one level of clusters, as numbers; the facts of a transformer named the side of its square.
 FORMAT_VERSION = 2
+
+METADATA_FILE, COPY_FILE = "metadata.json", "metadata.copy.json"
+
+NOTHING: Mapping[str, str] = types.MappingProxyType({})
+
+# So long other hosts may not see what the first one wrote.
+SEEN_AFTER_SECONDS = 60
 
 VERSIONED_PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -59,7 +72,8 @@ class Config(Protocol):
         """The fields that `known` has too."""
 
     def differences(self, stored: dict[str, Any], steps_done: int | None) -> tuple[list[Any], list[Any]]:
-        """What differs from stored sections: what makes another artifact, and what does not. Each has a `field`."""
+        """What differs from stored sections: what makes another artifact, and what does not. Each has a `field`, and
+        as its `content` the name of the input whose fingerprint decides, "" where there is none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,25 +100,53 @@ class Metadata:
     format_version: int = FORMAT_VERSION
 
 
+class Damaged(UserError):
+    """Neither metadata.json nor its copy can be read."""
+
+
 def read_metadata(directory: epath.Path) -> Metadata | None:
     """The metadata of an artifact, finished or not; None where there is none.
 
+    A file of the copy's length with other bytes in it is damaged, as is one that cannot be read: the copy is taken. A
+    file of another length was edited by someone, and is taken as it is.
+
     Raises:
-        UserError: unreadable, or of a later format.
+        Damaged: it cannot be read, and neither can its copy.
+        UserError: it is of a later format.
     """
-    path = directory / "metadata.json"
-    if not path.exists():
+    path, spare = directory / METADATA_FILE, directory / COPY_FILE
+    content = read_bytes(path)
+    if content is None:
         return None
+    copy = read_bytes(spare) or b""
     try:
-        content = json.loads(path.read_text())
-        version = content["format_version"]
-        if version not in range(1, FORMAT_VERSION + 1):
-            raise UserError(
-                f"{path} has format version {version}; this program reads 1 to {FORMAT_VERSION}: update iar_jax"
-            )
-        return Metadata(**(from_version_1(content) if version == 1 else content))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} is damaged ({error!r}); delete {directory} and run its stage again") from error
+        found = _parsed(path, content)
+        if content == copy or len(content) != len(copy):
+            return found
+        problem = "it changed since it was written"
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        problem = brief(error)
+    try:
+        found = _parsed(spare, copy)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise Damaged(f"{path} is damaged ({problem})") from error
+    say(f"WARNING: {path} is damaged ({problem}); its copy {spare.name} is taken")
+    return found
+
+
+def _parsed(path: epath.Path, text: bytes) -> Metadata:
+    content = json.loads(text)
+    version = content["format_version"]
+    if version not in range(1, FORMAT_VERSION + 1):
+        raise UserError(
+            f"{path} has format version {version}; this program reads 1 to {FORMAT_VERSION}: update iar_jax"
+        )
+    found = Metadata(**(from_version_1(content) if version == 1 else content))
+    for field in dataclasses.fields(Metadata):
+        kind: Any = typing.get_origin(field.type) or field.type
+        if not isinstance(getattr(found, field.name), kind):
+            raise ValueError(f"its {field.name} is {getattr(found, field.name)!r}")
+    return found
 
 
 def from_version_1(content: dict[str, Any]) -> dict[str, Any]:
@@ -127,77 +169,121 @@ def from_version_1(content: dict[str, Any]) -> dict[str, Any]:
     return content | {"format_version": FORMAT_VERSION}
 
 
-def finished(directory: epath.Path, config: Config, inputs: dict[str, str]) -> Metadata | None:
+def finished(
+    directory: epath.Path,
+    config: Config,
+    inputs: dict[str, str],
+    contents: Callable[[], dict[str, str]] = dict,
+) -> Metadata | None:
     """Metadata of an artifact that is there and whole; None where there is none, or it is to be trained for longer.
+    Writes nothing.
 
     Args:
         inputs: fingerprints that are known before anything is opened; others that the artifact has are not compared.
+        contents: gives the fingerprints of what paths in the config name; asked for where such a path is another one
+            than it was: the same content at another path is the same.
 
     Raises:
         UserError: what is there, finished or not, was made with another config or from other inputs.
     """
-    found = read_metadata(directory)
+    try:
+        found = read_metadata(directory)
+    except Damaged as error:
+        say(f"WARNING: {error}; it is made again by this config and from what else is there")
+        return None
     if found is None:
         return None
     if found.figures.get("imported"):
         # How and on what it was trained is not known, and does not matter.
         config = config.restricted(found.config)
         inputs = {name: fingerprint for name, fingerprint in inputs.items() if name in found.inputs}
-    immaterial = check_config(directory, found, config)
+    immaterial = check_config(directory, found, config, contents)
     for name, fingerprint in inputs.items():
         if found.inputs.get(name) != fingerprint:
             raise UserError(
                 f"{directory} was made from another {name} ({found.inputs.get(name, 'none')[:12]}) than the one "
-                f"given now ({fingerprint[:12]}); delete {directory} to make it again, or use another --workdir"
+                f"given now ({fingerprint[:12]}); use another --workdir, or move {directory} away to make it again"
             )
     longer = any(difference.field.endswith(".num_steps") for difference in immaterial)
     return found if found.finished and not longer else None
 
 
-def begin(directory: epath.Path, stage: str, config: Config, inputs: dict[str, str]) -> Metadata | None:
-    """Starts or resumes an artifact; returns its metadata if it is finished already.
+def begin(
+    directory: epath.Path, stage: str, config: Config, inputs: dict[str, str], contents: Mapping[str, str] = NOTHING
+) -> Metadata | None:
+    """Starts or resumes an artifact, in a directory that this run holds the lock of; returns its metadata if it is
+    finished already.
+
+    Args:
+        inputs: fingerprints of what it is made from.
+        contents: fingerprints of what further paths in the config name.
 
     Raises:
         UserError: as `finished`.
     """
-    done = finished(directory, config, inputs)
-    found = read_metadata(directory)
+    known = {**inputs, **contents}
+    done = finished(directory, config, inputs, lambda: known)
+    try:
+        found = read_metadata(directory)
+    except Damaged:
+        found = None
+        if distributed.is_first() and not (directory / "checkpoints").exists():
+            clear(directory)
     distributed.wait_for_all(f"begin {stage}")
     if found is None:
         directory.mkdir(parents=True, exist_ok=True)
-        _write(directory, Metadata(stage, False, "", inputs, config.content, {}, _versions()))
+        _write(directory, Metadata(stage, False, "", known, config.content, {}, _versions()))
     elif done is None:
-        for difference in check_config(directory, found, config):
+        for difference in check_config(directory, found, config, lambda: known):
             say(f"{stage}: noted, {difference}")
         _write(directory, dataclasses.replace(found, finished=False, config=config.content))
     return done
 
 
+def clear(directory: epath.Path) -> None:
+    """Removes what a stage left in a directory, but for its lock."""
+    for path in list(directory.iterdir()):
+        if not path.name.startswith("lock.json"):
+            (path.rmtree if path.is_dir() else path.unlink)()
+
+
+def reopen(directory: epath.Path) -> None:
+    """Marks a finished artifact, some of whose files are damaged, as one that is being made."""
+    _write(directory, dataclasses.replace(_begun(directory), finished=False))
+
+
 def note(directory: epath.Path, figures: dict[str, Any]) -> None:
     """Adds figures to an artifact while it is being made."""
-    found = read_metadata(directory)
-    if found is None:
-        raise FileNotFoundError(f"{directory} was removed while its stage ran")
+    found = _begun(directory)
     _write(directory, dataclasses.replace(found, figures=found.figures | figures))
 
 
 def finish(directory: epath.Path, fingerprint: str, figures: dict[str, Any]) -> Metadata:
     """Marks the artifact that `begin` started as whole."""
-    found = read_metadata(directory)
-    if found is None:
-        raise FileNotFoundError(f"{directory} was removed while its stage ran")
-    done = dataclasses.replace(found, finished=True, fingerprint=fingerprint, figures=figures, versions=_versions())
+    done = dataclasses.replace(
+        _begun(directory), finished=True, fingerprint=fingerprint, figures=figures, versions=_versions()
+    )
     _write(directory, done)
     return done
+
+
+def _begun(directory: epath.Path) -> Metadata:
+    found = read_metadata(directory)
+    if found is None:
+        raise UserError(f"{directory} was moved or removed while its stage ran, and the stage has stopped")
+    return found
 
 
 def require(directory: epath.Path, stage: str) -> Metadata:
     """Metadata of a finished artifact that a later stage reads.
 
     Raises:
-        UserError: not there, not finished, or made by another stage.
+        UserError: not there, not finished, damaged, or made by another stage.
     """
-    found = read_metadata(directory)
+    try:
+        found = read_metadata(directory)
+    except Damaged as error:
+        raise UserError(f"{error}; python -m iar_jax.{stage} makes it again from what else is there") from error
     if found is None or not found.finished:
         state = "is not there" if found is None else "is not finished"
         raise UserError(f"{directory} {state}; run python -m iar_jax.{stage} first (or python -m iar_jax.pipeline)")
@@ -270,29 +356,67 @@ def fingerprints(inputs: Mapping[str, Artifact]) -> dict[str, str]:
     return {name: artifact.fingerprint for name, artifact in inputs.items()}
 
 
-def check_config(directory: epath.Path, found: Metadata, config: Config) -> list[Any]:
+def check_config(
+    directory: epath.Path, found: Metadata, config: Config, contents: Callable[[], dict[str, str]] = dict
+) -> list[Any]:
     """The differences between an artifact's config and this one that make no other artifact.
+
+    Args:
+        contents: as in `finished`.
 
     Raises:
         UserError: some do; lists them.
     """
     steps_done = None if found.finished else max(steps_in(directory / "checkpoints"), default=0)
     material, rest = config.differences(found.config, steps_done)
+    if any(difference.content for difference in material):
+        now = contents()
+        same = [d for d in material if d.content in now and now[d.content] == found.inputs.get(d.content)]
+        material, rest = [d for d in material if d not in same], rest + same
     if material:
         raise UserError(
             f"{directory} was made with another config:\n  "
             + "\n  ".join(map(str, material))
-            + f"\nUse another --workdir, set the old values, or delete {directory} and what was made from it."
+            + "\nUse another --workdir (config.inputs.* take what is finished here), or set the old values."
         )
     return rest
 
 
 def _write(directory: epath.Path, metadata: Metadata) -> None:
+    digest = 0
     if distributed.is_first():
-        partial = directory / "metadata.json.partial"
-        partial.write_text(json.dumps(dataclasses.asdict(metadata), indent=2) + "\n")
-        partial.replace(directory / "metadata.json")
-    distributed.wait_for_all(f"metadata of {directory.name}")
+        content = json_bytes(dataclasses.asdict(metadata))
+        for name in (COPY_FILE, METADATA_FILE):
+            write_bytes(directory / name, content)
+        digest = digest_of(content)
+    wait_until_seen(directory / METADATA_FILE, distributed.from_first(digest))
+
+
+def wait_until_seen(path: epath.Path, digest: int) -> None:
+    """Returns when this process sees the content that the first one has just written: a network file system may show
+    it some seconds late.
+
+    Raises:
+        UserError: it never came.
+    """
+    if distributed.is_first():
+        return
+    for _ in range(SEEN_AFTER_SECONDS):
+        content = read_bytes(path)
+        if content is not None and digest_of(content) == digest:
+            return
+        with contextlib.suppress(OSError):
+            list(path.parent.iterdir())  # asks the server anew
+        time.sleep(1.0)
+    raise UserError(
+        f"{path}: the first process wrote it {SEEN_AFTER_SECONDS} s ago, and {socket.gethostname()} does not see it: "
+        "--workdir must be on a disk that all hosts share, or in a bucket"
+    )
+
+
+def digest_of(content: bytes) -> int:
+    """31 bits of the SHA-256."""
+    return int.from_bytes(hashlib.sha256(content).digest()[:4], "little") >> 1
 
 
 def _versions() -> dict[str, str]:
@@ -309,14 +433,23 @@ def fingerprint_arrays(tree: Any) -> str:
     return digest.hexdigest()
 
 
+def sizes_of(paths: Iterable[epath.Path]) -> dict[str, int]:
+    """Bytes of files, by their names."""
+    return {path.name: path.stat().length for path in paths}
+
+
+def changed_files(directory: epath.Path, found: Metadata) -> str:
+    """Which of an artifact's files are gone or have another size than they were written with; "" where none is."""
+    for name, size in found.figures.get("files", {}).items():
+        path = directory / name
+        there = path.stat().length if path.exists() else None
+        if there != size:
+            state = "is gone" if there is None else f"has {there} bytes, not the {size} that were written"
+            return f"{path} {state}"
+    return ""
+
+
 def sha256_of(path: os.PathLike) -> str:
     """SHA-256 of a file."""
     with epath.Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_bytes(path: epath.Path, content: bytes) -> None:
-    """Writes a file so that it is whole or not there."""
-    partial = path.parent / (path.name + ".partial")
-    partial.write_bytes(content)
-    partial.replace(path)

@@ -7,6 +7,7 @@ The order of resuming: build the abstract state with its shardings; restore the 
 start the data at its step.
 """
 
+import asyncio
 import contextlib
 import dataclasses
 import hashlib
@@ -21,9 +22,11 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jaxtyping import Array, UInt32
 from orbax.checkpoint import checkpoint_managers
+from orbax.checkpoint.path import atomicity
 
 from iar_jax.runtime import distributed
 from iar_jax.runtime.errors import UserError, brief, file_system_reason
+from iar_jax.runtime.files import absolute, flush, flush_tree, in_bucket
 from iar_jax.runtime.progress import say
 
 
@@ -67,6 +70,17 @@ class Retention:
         return -value if self.best.startswith("-") else value
 
 
+class FlushedPath(atomicity.AtomicRenameTemporaryPath):
+    """A checkpoint's directory under its temporary name, on the disk before it gets its own."""
+
+    async def finalize(self) -> None:
+        """Flushes, renames, and flushes what Orbax writes in between."""
+        await asyncio.to_thread(flush_tree, self.get())
+        await super().finalize()
+        await asyncio.to_thread(flush_tree, self.get_final())
+        await asyncio.to_thread(flush, self.get_final().parent)
+
+
 class Checkpoints:
     """The checkpoints of one run, in one directory."""
 
@@ -74,10 +88,11 @@ class Checkpoints:
         self.directory = directory
         with explained(f"{directory} cannot be opened"):
             self.manager = ocp.CheckpointManager(
-                directory.resolve(),
+                absolute(directory),
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=retention.policy(),
                     enable_async_checkpointing=True,
+                    temporary_path_class=None if in_bucket(directory) else FlushedPath,
                     # What a killed save left.
                     cleanup_tmp_directories=True,
                 ),
@@ -158,7 +173,7 @@ class Checkpoints:
         if damaged:
             raise UserError(
                 f"{self.directory}: none of the checkpoints of steps {sorted(damaged)} can be read; they are left as "
-                "they are. Delete the directory to start over"
+                "they are, and nothing was changed. Put a copy of one back, or use another --workdir to start over"
             )
         return None
 
@@ -166,7 +181,8 @@ class Checkpoints:
 def save_params(directory: epath.Path, step: int, params: Any) -> None:
     """Writes a checkpoint that has weights alone, for `restore_params`."""
     info = sealed({"ema_checksum": int(checksum(params))})
-    with ocp.CheckpointManager(directory.resolve()) as manager:
+    options = ocp.CheckpointManagerOptions(temporary_path_class=None if in_bucket(directory) else FlushedPath)
+    with ocp.CheckpointManager(absolute(directory), options=options) as manager:
         manager.save(
             step, args=ocp.args.Composite(ema_params=ocp.args.StandardSave(params), info=ocp.args.JsonSave(info))
         )
@@ -175,13 +191,13 @@ def save_params(directory: epath.Path, step: int, params: Any) -> None:
 
 def steps_in(directory: epath.Path) -> list[int]:
     """Steps of the whole checkpoints in a directory, in their order."""
-    return sorted(ocp.utils.checkpoint_steps(directory.resolve())) if directory.exists() else []
+    return sorted(ocp.utils.checkpoint_steps(absolute(directory))) if directory.exists() else []
 
 
 def read_info(directory: epath.Path, step: int) -> dict[str, int | float]:
     """Info of the checkpoint of a step; raises ValueError where it is damaged."""
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-        return opened(checkpointer.restore((directory / str(step) / "info").resolve()))
+        return opened(checkpointer.restore(absolute(directory / str(step) / "info")))
 
 
 def restore_params(directory: epath.Path, abstract_params: Any, step: int | None = None) -> tuple[Any, int]:
@@ -196,7 +212,7 @@ def restore_params(directory: epath.Path, abstract_params: Any, step: int | None
     step = steps[-1] if step is None else step
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            params = checkpointer.restore((directory / str(step) / "ema_params").resolve(), abstract_params)
+            params = checkpointer.restore(absolute(directory / str(step) / "ema_params"), abstract_params)
         compare("they", read_info(directory, step).get("ema_checksum"), params)
         return params, step
     except Exception as error:
@@ -213,7 +229,7 @@ def restore_state(directory: epath.Path, abstract_state: Any, step: int) -> tupl
     """
     options = ocp.CheckpointManagerOptions(read_only=True)
     try:
-        with ocp.CheckpointManager(directory.resolve(), options=options) as manager:
+        with ocp.CheckpointManager(absolute(directory), options=options) as manager:
             return _restored(manager, step, abstract_state)
     except Exception as error:  # Orbax and TensorStore raise many kinds
         raise UserError(

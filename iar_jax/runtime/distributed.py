@@ -10,20 +10,23 @@ import sys
 from typing import Any, NoReturn
 
 import jax
+import jax._src.distributed
 import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-from iar_jax.runtime.errors import UserError
+from iar_jax.runtime.errors import UserError, brief
+from iar_jax.runtime.watch import Watch
 
-# A process that is gone is noticed after so long, and the others stop.
-HEARTBEAT_SECONDS = 30
+# JAX's own limit for a process that is gone: `watch` has noticed before, and says more.
+HEARTBEAT_SECONDS = 100
 
 COORDINATOR = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
-def initialise() -> None:
-    """Joins the other processes where the environment says that there are any. Call it before anything uses a device.
+def initialise() -> Watch | None:
+    """Joins the other processes where the environment says that there are any, and returns what keeps watch over them.
+    Call it before anything uses a device.
 
     * JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID: set by launch/local_processes.sh.
     * SLURM: a step of more than one task (launch/slurm.sbatch).
@@ -42,14 +45,17 @@ def initialise() -> None:
         address, count, index = (environment[name] for name in COORDINATOR)
         arguments = {"coordinator_address": address, "num_processes": _number(count), "process_id": _number(index)}
         if arguments["num_processes"] == 1:
-            return
+            return None
     elif not _in_slurm(environment) and environment.get("IAR_JAX_CLUSTER") != "auto":
-        return
+        return None
     logging.set_verbosity(logging.WARNING)
     try:
         jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"the processes of this run did not come together: {error}") from error
+        raise UserError(f"the processes of this run did not come together: {brief(error)}") from error
+    # JAX has no public name for the store of its coordinator.
+    state = jax._src.distributed.global_state
+    return Watch(state.client, state.process_id, state.num_processes) if state.num_processes > 1 else None
 
 
 def _in_slurm(environment: Any) -> bool:

@@ -1,7 +1,7 @@
 """Metrics to TensorBoard and to JSONL files, and the rates of a run."""
 
-import json
 import os
+import tempfile
 import time
 from typing import Any
 
@@ -10,6 +10,7 @@ from etils import epath
 
 from iar_jax.runtime import distributed
 from iar_jax.runtime.chips import peak_flops
+from iar_jax.runtime.files import Log, in_bucket, read_log, write_bytes
 
 METRICS_FILE = "metrics.jsonl"
 SPEED_FILE = "speed.jsonl"
@@ -22,39 +23,30 @@ class MetricLog:
     """
 
     def __init__(self, directory: epath.Path, first_step: int):
-        from clu import metric_writers  # imports TensorFlow, which takes seconds
-
-        self.file: Any = None
-        self.tensorboard: Any = None
         self.rate_step, self.rate_time = first_step, time.monotonic()
-        if not distributed.is_first():
-            return
-        directory.mkdir(parents=True, exist_ok=True)
-        self.path = directory / METRICS_FILE
-        lines = [json.dumps(line) + "\n" for line in read_metrics(directory) if line["step"] <= first_step]
-        partial = directory / (METRICS_FILE + ".partial")
-        partial.write_text("".join(lines))
-        partial.replace(self.path)
-        self.file = self.path.open("a")
-        self.speed_file = (directory / SPEED_FILE).open("a")
-        self.tensorboard = metric_writers.AsyncMultiWriter([metric_writers.SummaryWriter(os.fspath(directory))])
+        self.log = Log(directory / METRICS_FILE, keep=lambda line: line["step"] <= first_step)
+        self.speed_log = Log(directory / SPEED_FILE)
+        self.tensorboard = TensorBoard(directory)
 
     def __enter__(self) -> "MetricLog":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.file is not None:
-            self.file.close()
-            self.speed_file.close()
-            self.tensorboard.close()
+        self.log.close()
+        self.speed_log.close()
+        self.tensorboard.close()
+
+    def flush(self) -> None:
+        """Returns when what was written is safe: before the checkpoint that it leads up to."""
+        self.log.flush()
+        self.speed_log.flush()
+        self.tensorboard.flush()
 
     def write(self, step: int, values: dict[str, float], prefix: str) -> None:
         """Writes the metrics of a step as prefix/name."""
         named = {f"{prefix}/{name}": value for name, value in values.items()}
-        if self.file is not None:
-            self.file.write(json.dumps({"step": step, **named}) + "\n")
-            self.file.flush()
-            self.tensorboard.write_scalars(step, named)
+        self.log.append({"step": step, **named})
+        self.tensorboard.write(step, named)
 
     def write_speed(self, step: int, images_per_step: int, waited: float, flops_per_step: float) -> None:
         """Writes the speed since the last call to TensorBoard and to speed.jsonl: no part of what must repeat.
@@ -66,8 +58,6 @@ class MetricLog:
         steps = max(step - self.rate_step, 1)
         seconds = max(now - self.rate_time, 1e-9) / steps
         self.rate_step, self.rate_time = step, now
-        if self.tensorboard is None:
-            return
         speed = {
             "images_per_second": images_per_step / seconds,
             "step_seconds": seconds,
@@ -80,19 +70,54 @@ class MetricLog:
         memory = device.memory_stats() or {}
         if "peak_bytes_in_use" in memory:
             speed["peak_memory_bytes"] = memory["peak_bytes_in_use"]
-        self.speed_file.write(json.dumps({"step": step, **speed}) + "\n")
-        self.speed_file.flush()
-        self.tensorboard.write_scalars(step, speed)
+        self.speed_log.append({"step": step, **speed})
+        self.tensorboard.write(step, speed)
+
+
+class TensorBoard:
+    """Scalars for TensorBoard, of the first process. Its files cannot grow in a bucket: there each `flush` leaves
+    one of its own."""
+
+    def __init__(self, directory: epath.Path):
+        self.directory = directory
+        self.made_in = tempfile.TemporaryDirectory(prefix="iar_jax-") if in_bucket(directory) else None
+        self.writer: Any = None
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Adds the values of a step, by name."""
+        if not distributed.is_first():
+            return
+        if self.writer is None:
+            from clu import metric_writers  # imports TensorFlow, which takes seconds
+
+            place = self.made_in.name if self.made_in else os.fspath(self.directory)
+            self.writer = metric_writers.AsyncMultiWriter([metric_writers.SummaryWriter(place)])
+        self.writer.write_scalars(step, values)
+
+    def flush(self) -> None:
+        """Hands over what was written."""
+        if self.made_in is None:
+            if self.writer is not None:
+                self.writer.flush()
+            return
+        self._end()
+        for path in sorted(epath.Path(self.made_in.name).iterdir()):
+            write_bytes(self.directory / path.name, path.read_bytes())
+            path.unlink()
+
+    def close(self) -> None:
+        """The last `flush`."""
+        self.flush()
+        self._end()
+        if self.made_in is not None:
+            self.made_in.cleanup()
+
+    def _end(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+        self.writer = None
 
 
 def read_metrics(directory: epath.Path, name: str = METRICS_FILE) -> list[dict[str, Any]]:
-    """All whole lines of a run's JSONL file; a torn last line is left out."""
-    path = directory / name
-    lines = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                lines.append(json.loads(line))
-            except ValueError:
-                break
-    return lines
+    """All whole lines of a run's log; a torn last line is left out."""
+    return read_log(directory / name)

@@ -1,7 +1,6 @@
 """What every training loop does besides its step: resume, log, checkpoint, stop when asked to."""
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -13,9 +12,9 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from iar_jax.runtime import distributed, lock
-from iar_jax.runtime.artifacts import write_bytes
 from iar_jax.runtime.checkpoint import Checkpoints, Retention, restore_state
 from iar_jax.runtime.errors import UserError
+from iar_jax.runtime.files import write_json
 from iar_jax.runtime.interruption import Interrupted, catch_stop_signals
 from iar_jax.runtime.metric_log import MetricLog
 from iar_jax.runtime.progress import progress, say
@@ -73,7 +72,7 @@ class TrainingRun:
 
     def __enter__(self) -> "TrainingRun":
         with contextlib.ExitStack() as stack:
-            stack.enter_context(lock.hold(self.directory))
+            self.check_place = stack.enter_context(lock.hold(self.directory))
             self.checkpoints = stack.enter_context(Checkpoints(self.directory / "checkpoints", self.retention))
             self.stop = stack.enter_context(catch_stop_signals())
             self._stack = stack.pop_all()
@@ -153,8 +152,15 @@ class TrainingRun:
     def save(self, state: Any) -> None:
         """Starts writing a checkpoint of the current step, which is known to be sound; the log is complete up to it."""
         self._settle_pending()
+        self.check_place()
+        self.log.flush()
         info = {"seconds": self.seconds, "skipped_steps": self.skipped_steps}
         self.checkpoints.save(self.step, state, info, self.validation)
+
+    def wait_until_saved(self) -> None:
+        """Returns when all checkpoints and the log are safe."""
+        self.log.flush()
+        self.checkpoints.wait_until_finished()
 
     def log_validation(self, metrics: dict[str, Any]) -> dict[str, float]:
         """Writes metrics of the validation set at the current step and shows them beside the progress."""
@@ -189,9 +195,7 @@ class TrainingRun:
 
     def _report_not_finite(self, step: int, bad: list[str], record_ids: np.ndarray) -> None:
         path = self.directory / f"not-finite-step-{step:07d}.json"
-        if distributed.is_first():
-            content = {"step": step, "not_finite": bad, "image_ids": record_ids.tolist()}
-            write_bytes(path, (json.dumps(content) + "\n").encode())
+        write_json(path, {"step": step, "not_finite": bad, "image_ids": record_ids.tolist()})
         found = f"{self.name}, step {step}: {', '.join(bad)} not finite (image ids of its batch in {path})"
         if self.skipped_steps <= self.max_skipped_steps:
             say(f"WARNING: {found}; skipped, {self.skipped_steps} of at most {self.max_skipped_steps}")
