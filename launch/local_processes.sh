@@ -35,7 +35,7 @@ for ((left = processes; left > 0; left--)); do
     # A signal wakes `wait` without a process having ended: wait again.
     while :; do
         status=0
-        wait -n -p ended "${!index[@]}" || status=$?
+        wait -n -p ended "${!index[@]}" 2>/dev/null || status=$?
         [ -n "${ended:-}" ] && break
     done
     failed=${index[$ended]}

@@ -68,12 +68,13 @@ def start(stage, workdir, *arguments, devices=1, **variables):
     )
 
 
-def start_processes(count, devices, workdir, *arguments, stage="train"):
+def start_processes(count, devices, workdir, *arguments, stage="train", **variables):
     """A stage as several processes, started."""
     launcher = ["bash", "launch/local_processes.sh", str(count), str(devices)]
     return subprocess.Popen(
         [*launcher, *command(stage, workdir, *arguments)],
         cwd=ROOT,
+        env={**os.environ, **variables},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -106,10 +107,12 @@ def wait_until(condition, seconds=180, pause=0.2):
         time.sleep(pause)
 
 
-def assert_same_metrics(run, reference):
+def assert_same_metrics(run, reference, stage="train"):
     """Line by line, to the rounding of sums over devices or parts of a batch that are added in another order. An
     accuracy is a share of some thousands of guesses, of which rounding may turn a few that are nearly even."""
-    found, expected = ([json.loads(line) for line in metrics_text(path).splitlines()] for path in (run, reference))
+    found, expected = (
+        [json.loads(line) for line in metrics_text(path, stage).splitlines()] for path in (run, reference)
+    )
     assert [line["step"] for line in found] == [line["step"] for line in expected]
     for ours, theirs in zip(found, expected, strict=True):
         for name, value in theirs.items():

@@ -146,7 +146,7 @@ SECTIONS: dict[str, Any] = {
         "max_unreadable": Field(10, "Broken files that are left out before the source is refused.", COUNT_OR_NONE),
         "cache_dir": Field(
             "",
-            "Local directory that keeps code records of a bucket for training; empty reads them where they lie.",
+            "Local directory for copies of a bucket's code records; empty is IAR_JAX_CACHE or ~/.cache/iar_jax.",
             Texts(),
             matters=False,
         ),

@@ -5,6 +5,7 @@ Ids in the records are those of the ORIGINAL codebook; the permutation is applie
 
 import dataclasses
 import hashlib
+import os
 import shutil
 import struct
 
@@ -17,7 +18,7 @@ from jaxtyping import Int
 from iar_jax.codebook.permutation import Permutation, load_permutation
 from iar_jax.runtime.artifacts import Artifact, Metadata, changed_files, fingerprint_arrays, read_metadata, sizes_of
 from iar_jax.runtime.errors import UserError, brief
-from iar_jax.runtime.files import in_bucket, writing
+from iar_jax.runtime.files import cache_directory, download, in_bucket, local_copy, writing
 from iar_jax.runtime.progress import say
 
 MAKE_AGAIN = "run python -m iar_jax.extract_codes again, which makes damaged files anew"
@@ -79,8 +80,9 @@ def shards_in(directory: epath.Path) -> list[epath.Path]:
 def sound(path: epath.Path, num_records: int) -> bool:
     """Whether a file has so many records and all can be read; ArrayRecord checks each."""
     try:
-        source = ArrayRecordDataSource([str(path)])
-        return len(source) == num_records and all(unpack(source[i]) for i in range(num_records))
+        with local_copy(path) as local:
+            source = ArrayRecordDataSource([str(local)])
+            return len(source) == num_records and all(unpack(source[i]) for i in range(num_records))
     except Exception:  # of many kinds
         return False
 
@@ -100,36 +102,48 @@ def whole(directory: epath.Path, metadata: Metadata, thorough: bool) -> bool:
     return not problem
 
 
-def cached(directory: epath.Path, cache_dir: epath.Path) -> list[epath.Path]:
-    """Local copies of the files of a finished split; those of the same content that are there already stay.
+def cached(directory: epath.Path, cache_dir: str) -> list[epath.Path]:
+    """Local copies of the files of a finished split in a bucket, where a read of one record takes a request; copies of
+    the same content that are there already stay.
+
+    Args:
+        cache_dir: "" is the machine's cache directory, unless the files would take more than half of its room.
 
     Raises:
-        UserError: the disk has too little room for them.
+        UserError: the given directory has too little room for them.
     """
     metadata, paths = read_metadata(directory), shards_in(directory)
     sizes = sizes_of(paths)
-    copies = cache_dir / (metadata.fingerprint[:16] if metadata else "codes")
+    top = epath.Path(cache_dir).expanduser() if cache_dir else cache_directory() / "codes"
+    copies = top / (metadata.fingerprint[:16] if metadata else "codes")
     copies.mkdir(parents=True, exist_ok=True)
     here = sizes_of(shards_in(copies))
     missing = [path for path in paths if here.get(path.name) != sizes[path.name]]
-    needed, free = sum(sizes[path.name] for path in missing), shutil.disk_usage(cache_dir).free
+    needed, free = sum(sizes[path.name] for path in missing), shutil.disk_usage(copies).free
+    if not cache_dir and needed > free / 2:
+        say(f"{directory}: {needed / 1e9:.1f} GB, too much to copy to {top}; read where they lie, one request a record")
+        return paths
     if needed > free:
         raise UserError(
-            f"config.data.cache_dir={cache_dir} has {free / 1e9:.1f} GB free, and the code records of {directory} that "
-            f"are not there yet take {needed / 1e9:.1f} GB; give another directory, or none"
+            f"config.data.cache_dir={top} has {free / 1e9:.1f} GB free, and the code records of {directory} that are "
+            f"not there yet take {needed / 1e9:.1f} GB; give another directory"
         )
     for path in missing:
-        with writing(copies / path.name) as local, path.open("rb") as source, local.open("wb") as target:
-            shutil.copyfileobj(source, target, 1 << 22)
+        # Several processes of a machine may do so at once.
+        own = copies / f"{path.name}.{os.getpid()}.partial"
+        download(path, own)
+        own.replace(copies / path.name)
     return [copies / path.name for path in paths]
 
 
 def fingerprint_records(paths: list[epath.Path]) -> str:
     """SHA-256 over the content of all records in order, whatever their shards."""
     digest = hashlib.sha256()
-    source = ArrayRecordDataSource([str(path) for path in paths])
-    for i in range(len(source)):
-        digest.update(hashlib.sha256(source[i]).digest())
+    for path in paths:
+        with local_copy(path) as local:
+            source = ArrayRecordDataSource([str(local)])
+            for i in range(len(source)):
+                digest.update(hashlib.sha256(source[i]).digest())
     return digest.hexdigest()
 
 
@@ -137,7 +151,7 @@ class RawRecords:
     """Random access to code records as they are stored, with the original ids.
 
     Args:
-        cache_dir: local directory for copies of the files of a bucket; "" reads them where they lie.
+        cache_dir: as in `cached`.
 
     Raises:
         UserError: from the constructor where shards are missing, from a read where a record is damaged or has a code
@@ -154,8 +168,8 @@ class RawRecords:
                 "iar_jax.extract_codes again"
             )
         try:
-            if cache_dir and in_bucket(directory):
-                self.paths = [str(path) for path in cached(directory, epath.Path(cache_dir).expanduser())]
+            if in_bucket(directory):
+                self.paths = [str(path) for path in cached(directory, cache_dir)]
             self.source = ArrayRecordDataSource(self.paths)
         except UserError:
             raise

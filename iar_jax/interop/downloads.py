@@ -1,13 +1,13 @@
 """Public weight files: where they may lie, and how to get them once."""
 
 import hashlib
-import os
 import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
 from iar_jax.runtime.errors import UserError
+from iar_jax.runtime.files import cache_directory
 from iar_jax.runtime.progress import say
 
 
@@ -47,11 +47,6 @@ LPIPS = (
 )
 
 
-def cache_directory() -> Path:
-    """IAR_JAX_CACHE, or ~/.cache/iar_jax."""
-    return Path(os.environ.get("IAR_JAX_CACHE") or "~/.cache/iar_jax").expanduser()
-
-
 def find(given: str, files: tuple[PublicFile, ...], what: str) -> Path:
     """The given path; else one of the files in the cache directory; else the first of them, fetched.
 
@@ -68,7 +63,7 @@ def find(given: str, files: tuple[PublicFile, ...], what: str) -> Path:
 
 def here(files: tuple[PublicFile, ...]) -> Path | None:
     """The first of some files that lies in the cache directory."""
-    paths = (cache_directory() / file.name for file in files)
+    paths = (Path(cache_directory() / file.name) for file in files)
     return next((path for path in paths if path.is_file()), None)
 
 
@@ -76,7 +71,7 @@ def fetch(files: tuple[PublicFile, ...], what: str) -> Path:
     """Fetches the first of some files that can be had into the cache directory, whole or not at all."""
     reasons = []
     for file in files:
-        path = cache_directory() / file.name
+        path = Path(cache_directory() / file.name)
         partial = path.with_name(path.name + ".partial")
         digest = hashlib.sha256()
         try:

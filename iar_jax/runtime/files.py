@@ -57,6 +57,32 @@ def flush_tree(directory: os.PathLike[str] | str) -> None:
         flush(parent)
 
 
+def cache_directory() -> epath.Path:
+    """Of this machine, for what can be had again: IAR_JAX_CACHE, or ~/.cache/iar_jax."""
+    try:
+        return epath.Path(os.environ.get("IAR_JAX_CACHE") or "~/.cache/iar_jax").expanduser()
+    except RuntimeError:  # no home
+        return epath.Path(tempfile.gettempdir()) / "iar_jax"
+
+
+@contextlib.contextmanager
+def local_copy(path: epath.Path) -> Iterator[epath.Path]:
+    """The file itself, or a copy of an object of a bucket, which many small reads would cost a request each."""
+    if not in_bucket(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="iar_jax-") as directory:
+        local = epath.Path(directory) / path.name
+        download(path, local)
+        yield local
+
+
+def download(path: epath.Path, target: epath.Path) -> None:
+    """Copies an object of a bucket to a local file."""
+    with path.open("rb") as source, open(target, "wb") as file:
+        shutil.copyfileobj(source, file, 1 << 22)
+
+
 @contextlib.contextmanager
 def writing(path: epath.Path) -> Iterator[pathlib.Path]:
     """A local file to write, which becomes `path` at the end, whole, or not at all where the block raises."""
@@ -112,9 +138,9 @@ def json_bytes(content: Any) -> bytes:
 class Log:
     """Lines of JSON that are added one by one, each with a "step".
 
-    What is there stays, but for lines that are not whole and for those at the end that `keep` drops. On a disk a line is in
-    the file at once, and survives a power cut after `flush`; in a bucket lines are uploaded after some seconds, and
-    by `flush` and `close`. Of several processes the first one writes.
+    What is there stays, but for lines that are not whole and for those at the end that `keep` drops. On a disk a line
+    is in the file at once, and survives a power cut after `flush`; in a bucket lines are uploaded after some seconds,
+    and by `flush` and `close`. Of several processes the first one writes.
     """
 
     def __init__(self, path: epath.Path, keep: Callable[[dict[str, Any]], bool] = lambda line: True):

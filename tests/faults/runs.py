@@ -4,7 +4,6 @@ import json
 import re
 import signal
 import subprocess
-import time
 
 from tests.faults.kills import goes_on, has_begun, wait_for_step
 from tests.faults.workdirs import (
@@ -279,5 +278,4 @@ def flushed_before_it_is_renamed(reference, workdir, stage, trace):
                 late.append(rename[1])
     assert not late, late
     assert not waiting, waiting
-    time.sleep(0)
     return compared(reference, workdir, stage, said=f"{len(flushed)} files and directories flushed")

@@ -3,17 +3,33 @@
 A short selection; `python -m tests.faults` tries them all.
 """
 
-import random
 import signal
 
 import pytest
 
-from tests.faults import faults
+from tests.bucket.server import serving
+from tests.faults import damage, kills, runs, store
+from tests.faults.workdirs import OPTIONS, InBucket, NotTried, OnDisk
+from tests.stages import call
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    return faults.undisturbed(tmp_path_factory.mktemp("faults") / "undisturbed")
+    path = tmp_path_factory.mktemp("faults") / "undisturbed"
+    call("pipeline", path, *OPTIONS)
+    return path
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    return OnDisk(tmp_path / "run")
+
+
+@pytest.fixture
+def in_bucket(monkeypatch, tmp_path):
+    monkeypatch.setenv("IAR_JAX_CACHE", str(tmp_path / "cache"))
+    with serving() as bucket:
+        yield InBucket(*bucket, "run")
 
 
 def assert_survived(outcome):
@@ -21,32 +37,55 @@ def assert_survived(outcome):
     assert outcome.examples_lost == 0
 
 
-@pytest.mark.parametrize(("stage", "number", "moment"), [("train", 5, "before"), ("sample", 3, "after")])
-def test_a_kill_at_a_rename(reference, tmp_path, stage, number, moment):
-    assert_survived(faults.killed_at_a_rename(reference, tmp_path / "run", stage, number, moment))
-
-
-def test_a_stop_of_the_extraction(reference, tmp_path):
-    assert_survived(faults.stopped_by_a_signal(reference, tmp_path / "run", "extract_codes", signal.SIGTERM))
-
-
-def test_a_flipped_bit_in_the_latest_checkpoint(reference, tmp_path):
-    assert_survived(faults.damaged_checkpoint(reference, tmp_path / "run", random.Random(0), "state", "flip"))
+def test_a_kill_at_a_rename(reference, workdir):
+    assert_survived(kills.at_a_rename(reference, workdir, "sample", 3, "after"))
 
 
 @pytest.mark.slow
-def test_flipped_bits_in_records_and_samples(reference, tmp_path):
-    assert_survived(faults.damaged_records(reference, tmp_path / "records", random.Random(1), "flip"))
-    assert_survived(faults.damaged_samples(reference, tmp_path / "samples", random.Random(2), "flip"))
+def test_a_kill_at_a_rename_of_training(reference, workdir):
+    assert_survived(kills.at_a_rename(reference, workdir, "train", 5, "before"))
+
+
+def test_a_stop_of_the_extraction(reference, workdir):
+    assert_survived(kills.by_a_signal(reference, workdir, "extract_codes", signal.SIGTERM))
+
+
+def test_a_flipped_bit_in_the_latest_checkpoint(reference, workdir):
+    assert_survived(damage.of_the_latest_checkpoint(reference, workdir, "state", "flip", 0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["code records", "generator's weights", "labels", "generator's metadata"])
+@pytest.mark.parametrize("way", damage.WAYS)
+def test_damage_of_finished_files(reference, workdir, kind, way):
+    assert_survived(damage.of_a_file(reference, workdir, kind, way, 1))
 
 
 @pytest.mark.slow
 def test_a_full_disk(reference, tmp_path):
     try:
-        assert_survived(faults.full_disk(reference, tmp_path / "run", 1500))
-    except faults.NotTried as reason:
+        assert_survived(runs.a_full_disk(reference, tmp_path / "disk", "train", 1500))
+    except NotTried as reason:
         pytest.skip(str(reason))
 
 
-def test_a_second_run_is_refused(reference, tmp_path):
-    assert_survived(faults.second_run(reference, tmp_path / "run"))
+def test_a_second_run_is_refused(reference, workdir):
+    assert_survived(runs.a_second_run(reference, workdir, "--config.training.learning_rate=0.5"))
+
+
+def test_a_directory_that_is_moved_away(reference, workdir):
+    assert_survived(runs.moved_or_removed(reference, workdir, "train", True))
+
+
+def test_a_kill_at_an_upload(reference, in_bucket):
+    assert_survived(kills.at_an_upload(reference, in_bucket, "train", 0.6))
+
+
+@pytest.mark.slow
+def test_a_store_in_trouble(reference, in_bucket):
+    assert_survived(store.in_trouble(reference, in_bucket, "sample", "503", 0))
+
+
+@pytest.mark.slow
+def test_two_that_start_at_once_in_a_bucket(reference, in_bucket):
+    assert_survived(runs.two_at_once(reference, in_bucket, "extract_codes"))
