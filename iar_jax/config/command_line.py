@@ -1,5 +1,6 @@
 """The command line that all stages share: --config, --workdir and overrides of single fields."""
 
+import logging as std_logging
 import os
 import signal
 import sys
@@ -46,6 +47,7 @@ def main(
                 signal.signal(signal.SIGTERM, leave_at_once)
             logging.set_verbosity(logging.WARNING)
             logging.get_absl_handler().addFilter(not_explained)
+            keep_quiet()
             if not needs_config():
                 run(None, None)
                 return
@@ -82,6 +84,19 @@ def main(
             raise
 
     app.run(guarded, flags_parser=lambda argv: _parse(argv, reads, needs_config))
+
+
+def keep_quiet() -> None:
+    """Keeps off the terminal what Orbax's unfinished reads print when one of them has failed, which is told once."""
+    for name in ("asyncio", "concurrent.futures"):
+        std_logging.getLogger(name).setLevel(std_logging.CRITICAL)
+
+    def hook(unraisable: Any) -> None:
+        code = getattr(unraisable.object, "cr_code", None)
+        if code is None or "orbax" not in code.co_filename:
+            sys.__unraisablehook__(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def not_explained(record: Any) -> bool:

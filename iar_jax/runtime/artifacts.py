@@ -24,7 +24,7 @@ from etils import epath
 from iar_jax.runtime import distributed
 from iar_jax.runtime.checkpoint import steps_in
 from iar_jax.runtime.errors import UserError, brief
-from iar_jax.runtime.files import json_bytes, read_bytes, write_bytes
+from iar_jax.runtime.files import json_bytes, read_bytes, write_bytes, write_json
 from iar_jax.runtime.progress import say
 from iar_jax.runtime.section import Section
 
@@ -105,7 +105,12 @@ class Damaged(UserError):
 
 
 def read_metadata(directory: epath.Path) -> Metadata | None:
-    """The metadata of an artifact, finished or not; None where there is none.
+    """The metadata of an artifact, finished or not; None where there is none. See `_read`."""
+    return _read(directory)[0]
+
+
+def _read(directory: epath.Path) -> tuple[Metadata | None, bool]:
+    """The metadata of an artifact, finished or not, None where there is none; and whether it is the copy's.
 
     A file of the copy's length with other bytes in it is damaged, as is one that cannot be read: the copy is taken. A
     file of another length was edited by someone, and is taken as it is.
@@ -117,12 +122,12 @@ def read_metadata(directory: epath.Path) -> Metadata | None:
     path, spare = directory / METADATA_FILE, directory / COPY_FILE
     content = read_bytes(path)
     if content is None:
-        return None
+        return None, False
     copy = read_bytes(spare) or b""
     try:
         found = _parsed(path, content)
         if content == copy or len(content) != len(copy):
-            return found
+            return found, False
         problem = "it changed since it was written"
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         problem = brief(error)
@@ -131,7 +136,7 @@ def read_metadata(directory: epath.Path) -> Metadata | None:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise Damaged(f"{path} is damaged ({problem})") from error
     say(f"WARNING: {path} is damaged ({problem}); its copy {spare.name} is taken")
-    return found
+    return found, True
 
 
 def _parsed(path: epath.Path, text: bytes) -> Metadata:
@@ -176,7 +181,7 @@ def finished(
     contents: Callable[[], dict[str, str]] = dict,
 ) -> Metadata | None:
     """Metadata of an artifact that is there and whole; None where there is none, or it is to be trained for longer.
-    Writes nothing.
+    Writes nothing but a damaged metadata.json, as its copy has it.
 
     Args:
         inputs: fingerprints that are known before anything is opened; others that the artifact has are not compared.
@@ -187,12 +192,15 @@ def finished(
         UserError: what is there, finished or not, was made with another config or from other inputs.
     """
     try:
-        found = read_metadata(directory)
+        found, copied = _read(directory)
     except Damaged as error:
         say(f"WARNING: {error}; it is made again by this config and from what else is there")
         return None
     if found is None:
         return None
+    if copied:
+        with contextlib.suppress(OSError):
+            write_json(directory / METADATA_FILE, dataclasses.asdict(found))
     if found.figures.get("imported"):
         # How and on what it was trained is not known, and does not matter.
         config = config.restricted(found.config)

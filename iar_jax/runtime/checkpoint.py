@@ -217,7 +217,8 @@ def restore_params(directory: epath.Path, abstract_params: Any, step: int | None
         return params, step
     except Exception as error:
         raise UserError(
-            f"{directory}: the weights of step {step} cannot be read into this model ({brief(error)})"
+            f"{directory}: the weights of step {step} cannot be read into this model ({brief(error)}). If they are "
+            "damaged, the command of the stage that made them trains on from the checkpoint before"
         ) from error
 
 

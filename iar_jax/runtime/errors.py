@@ -39,4 +39,6 @@ def refusal(action: Callable[[], object]) -> str:
 
 def brief(error: BaseException) -> str:
     """An error of a library in one line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    # TensorStore goes on with pages of its own settings.
+    text = " ".join(str(error).split()).partition(" See full TensorStore details")[0]
+    return text[:300] or type(error).__name__

@@ -19,12 +19,18 @@ SPEED_FILE = "speed.jsonl"
 class MetricLog:
     """The metrics of one run, written by its first process.
 
-    After a resume, lines of steps that will run again are dropped first.
+    After a resume, lines of what will be done again are dropped first: of later steps, and of the validation at the
+    step itself where `ended` says that it was the last one.
     """
 
-    def __init__(self, directory: epath.Path, first_step: int):
+    def __init__(self, directory: epath.Path, first_step: int, ended: bool = False):
         self.rate_step, self.rate_time = first_step, time.monotonic()
-        self.log = Log(directory / METRICS_FILE, keep=lambda line: line["step"] <= first_step)
+
+        def keep(line: dict[str, Any]) -> bool:
+            again = ended and any(name.startswith("val/") for name in line)
+            return line["step"] < first_step + (not again)
+
+        self.log = Log(directory / METRICS_FILE, keep=keep)
         self.speed_log = Log(directory / SPEED_FILE)
         self.tensorboard = TensorBoard(directory)
 

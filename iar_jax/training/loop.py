@@ -98,7 +98,7 @@ class TrainingRun:
                     f"{self.directory} is at step {self.step}; num_steps is {self.num_steps}, and must not be less"
                 )
             say(f"{self.name}: going on from {where} of step {self.step}")
-        self.log = self._stack.enter_context(MetricLog(self.directory, self.step))
+        self.log = self._stack.enter_context(MetricLog(self.directory, self.step, self.step == self.num_steps))
         return state
 
     @property

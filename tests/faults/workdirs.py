@@ -1,6 +1,7 @@
 """Workdirs of stages under test, on a disk or in a bucket, and what their stages leave in them."""
 
 import json
+import os
 import pathlib
 import shutil
 import tempfile
@@ -62,9 +63,8 @@ class OnDisk:
         shutil.copytree(reference, self.path)
 
     def names(self) -> list[str]:
-        if not self.path.exists():
-            return []
-        return sorted(str(p.relative_to(self.path)) for p in self.path.rglob("*") if p.is_file())
+        found = (os.path.join(parent, name) for parent, _, names in os.walk(self.path) for name in names)
+        return sorted(os.path.relpath(name, self.path) for name in found)
 
     def read(self, name: str) -> bytes:
         return (self.path / name).read_bytes()
