@@ -42,7 +42,8 @@ for ((left = processes; left > 0; left--)); do
     unset "index[$ended]"
     if [ "$status" != 0 ] && [ "$code" = 0 ]; then
         code=$status
-        [ "$failed" = 0 ] || cat "$logs/$failed" >&2
+        # After a signal that asks for a stop each has said so.
+        case $failed/$status in 0/* | */130 | */143) ;; *) cat "$logs/$failed" >&2 ;; esac
         [ "$status" -le 128 ] || how="process $failed of $processes was ended by signal $((status - 128)) ($(kill -l $((status - 128))))"
         # After SIGINT or SIGTERM the others are saving their state too.
         case $status in 130 | 143) ;; *) stop TERM; (sleep 10; stop KILL) & ;; esac

@@ -127,8 +127,8 @@ keep)
     type=$1
     shift
     if [ "${DRY_RUN:-}" = 1 ]; then remove; create "$type"; setup; run "$@"; exit; fi
+    state=$(settled)
     while :; do
-        state=$(settled)
         if [ "$state" != READY ]; then
             say "$name is $state; making it"
             [ "$state" = GONE ] || remove || true

@@ -107,7 +107,7 @@ def wait_until(condition, seconds=180, pause=0.2):
         time.sleep(pause)
 
 
-def assert_same_metrics(run, reference, stage="train"):
+def assert_same_metrics(run, reference, stage="train", rtol=1e-4):
     """Line by line, to the rounding of sums over devices or parts of a batch that are added in another order. An
     accuracy is a share of some thousands of guesses, of which rounding may turn a few that are nearly even."""
     found, expected = (
@@ -117,4 +117,4 @@ def assert_same_metrics(run, reference, stage="train"):
     for ours, theirs in zip(found, expected, strict=True):
         for name, value in theirs.items():
             few = 1e-3 if name.endswith("accuracy") else 1e-5
-            np.testing.assert_allclose(ours[name], value, rtol=1e-4, atol=few, err_msg=name)
+            np.testing.assert_allclose(ours[name], value, rtol=rtol, atol=few, err_msg=name)

@@ -59,10 +59,9 @@ def flush_tree(directory: os.PathLike[str] | str) -> None:
 
 def cache_directory() -> epath.Path:
     """Of this machine, for what can be had again: IAR_JAX_CACHE, or ~/.cache/iar_jax."""
-    try:
-        return epath.Path(os.environ.get("IAR_JAX_CACHE") or "~/.cache/iar_jax").expanduser()
-    except RuntimeError:  # no home
-        return epath.Path(tempfile.gettempdir()) / "iar_jax"
+    path = os.path.expanduser(os.environ.get("IAR_JAX_CACHE") or "~/.cache/iar_jax")
+    # Without a home there is nothing to expand to.
+    return epath.Path(tempfile.gettempdir()) / "iar_jax" if path.startswith("~") else epath.Path(path)
 
 
 @contextlib.contextmanager

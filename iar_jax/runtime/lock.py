@@ -109,6 +109,8 @@ class Place(Protocol):
     def there(self) -> bool:
         """Whether the directory is the one that it was."""
 
+    def close(self) -> None: ...
+
 
 class OnDisk:
     """A lock on a file system."""
@@ -116,7 +118,8 @@ class OnDisk:
     def __init__(self, directory: epath.Path):
         self.path = directory / LOCK_FILE
         directory.mkdir(parents=True, exist_ok=True)
-        self.number = os.stat(directory).st_ino
+        # Open, so that no other directory gets its number while this one is held.
+        self.descriptor = os.open(directory, os.O_RDONLY)
 
     def read(self) -> Holder | None:
         return read(self.path)
@@ -132,9 +135,12 @@ class OnDisk:
 
     def there(self) -> bool:
         try:
-            return os.stat(self.path.parent).st_ino == self.number
+            return os.path.samestat(os.stat(self.path.parent), os.fstat(self.descriptor))
         except FileNotFoundError:
             return False
+
+    def close(self) -> None:
+        os.close(self.descriptor)
 
 
 class InBucket:
@@ -168,6 +174,9 @@ class InBucket:
     def there(self) -> bool:
         return not self.written or bucket.read(self.path).generation != 0
 
+    def close(self) -> None:
+        pass
+
 
 class Keeper:
     """Takes the lock and keeps its heartbeat in a thread until released."""
@@ -177,7 +186,11 @@ class Keeper:
         self.place: Place = InBucket(directory) if in_bucket(directory) else OnDisk(directory)
         since = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
         self.holder = Holder(secrets.token_hex(8), socket.gethostname(), os.getpid(), machine(), since)
-        self._take()
+        try:
+            self._take()
+        except BaseException:
+            self.place.close()
+            raise
         self.released = threading.Event()
         self.thread = threading.Thread(target=self._beat, name="lock heartbeat", daemon=True)
         self.thread.start()
@@ -264,6 +277,7 @@ class Keeper:
         with contextlib.suppress(OSError, UserError):
             if self.place.there():
                 self.place.remove()
+        self.place.close()
 
 
 def moved(directory: epath.Path) -> str:

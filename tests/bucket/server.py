@@ -63,6 +63,7 @@ class Trouble:
         broken: share of answers whose connection ends in the middle of the body.
         refused: share of connections that end before an answer.
         delay: seconds before each answer, for a share `delayed` of them.
+        missing, forbidden: share of requests that are answered 404, 403.
         lag: seconds that listings do not know of what was written or removed.
         only: a pattern that the request's "METHOD /path" must match.
         at_most: so many times altogether.
@@ -73,6 +74,8 @@ class Trouble:
     refused: float = 0.0
     delay: float = 0.0
     delayed: float = 1.0
+    missing: float = 0.0
+    forbidden: float = 0.0
     lag: float = 0.0
     only: str = ""
     at_most: int = 1_000_000
@@ -241,9 +244,10 @@ class Handler(BaseHTTPRequestHandler):
         if self.strikes("refused"):
             self.hang_up()
             return
-        if self.strikes("unavailable"):
-            self.refuse(503, "backendError")
-            return
+        for kind, code in (("unavailable", 503), ("missing", 404), ("forbidden", 403)):
+            if self.strikes(kind):
+                self.refuse(code, {503: "backendError", 404: "notFound", 403: "forbidden"}[code])
+                return
         routes = (
             (r"(?:/resumable)?/upload/storage/v1/b/([^/]+)/o$", self.upload),
             (r"/storage/v1/b/[^/]+/o/(.+)/(?:rewriteTo|copyTo)/b/[^/]+/o/(.+)$", self.copy),
@@ -398,6 +402,15 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200, {"kind": "storage#bucket", **known})
 
 
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    # Many processes begin at once.
+    request_queue_size = 128
+
+    def handle_error(self, request, client_address):
+        """A client that was killed has hung up."""
+
+
 def pump(source, target):
     try:
         while content := source.recv(1 << 16):
@@ -443,8 +456,7 @@ def accept(listener, context, port):
 def serving() -> Iterator[tuple[Bucket, dict[str, str]]]:
     """An empty bucket, and the environment of processes that take gs:// for it."""
     bucket = Bucket()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("OfBucket", (Handler,), {"bucket": bucket}))
-    server.daemon_threads = True
+    server = Server(("127.0.0.1", 0), type("OfBucket", (Handler,), {"bucket": bucket}))
     port = server.server_address[1]
     authority = trustme.CA()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

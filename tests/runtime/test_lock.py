@@ -80,3 +80,41 @@ def test_the_later_of_two_that_start_at_once_wins(directory, monkeypatch):
     monkeypatch.setattr(lock.time, "sleep", lambda _: leave_lock(directory, token="the other"))
     with pytest.raises(UserError, match="is in use by process 1 on elsewhere"), lock.hold(directory):
         pass
+
+
+@pytest.mark.parametrize("made_again", [False, True])
+def test_a_run_whose_directory_is_gone_is_told_in_the_place_of_what_failed(directory, made_again):
+    def run():
+        with lock.hold(directory) as check:
+            directory.rmtree()
+            if made_again:  # by the run itself, as a second tree
+                directory.mkdir()
+            with pytest.raises(UserError, match="was moved or removed while this run was in it"):
+                check()
+            raise FileNotFoundError("some file of it")
+
+    # The heartbeat, which would end this process, waits.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lock, "HEARTBEAT_SECONDS", 60.0)
+        patch.setattr(lock, "LOOK_SECONDS", 60.0)
+        with pytest.raises(UserError, match="its new place as --workdir"):
+            run()
+
+
+def test_a_run_whose_directory_is_moved_ends_within_a_second(tmp_path):
+    program = (
+        "import sys, time; from etils import epath; from iar_jax.runtime import lock\n"
+        "with lock.hold(epath.Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(30)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path / "run")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "held\n"
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    _, said = process.communicate(timeout=10)
+    assert process.returncode == 2
+    assert "was moved or removed" in said
+    assert not (tmp_path / "run").exists()
