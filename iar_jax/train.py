@@ -37,7 +37,7 @@ from iar_jax.training.optimizer import optimizer_of
 from iar_jax.training.schedules import cluster_weights_of, learning_rate_of
 from iar_jax.training.state import TrainState, skip_unless_finite, state_shardings
 
-READS = ("seed", "inputs", "mesh", "data.cache_dir", "model", "training")
+READS = ("seed", "inputs", "mesh", "data", "model", "training")
 
 
 def run(config: ConfigDict, workdir: epath.Path, thorough: bool = False) -> None:

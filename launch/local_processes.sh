@@ -46,7 +46,7 @@ for ((left = processes; left > 0; left--)); do
         case $failed/$status in 0/* | */130 | */143) ;; *) cat "$logs/$failed" >&2 ;; esac
         [ "$status" -le 128 ] || how="process $failed of $processes was ended by signal $((status - 128)) ($(kill -l $((status - 128))))"
         # After SIGINT or SIGTERM the others are saving their state too.
-        case $status in 130 | 143) ;; *) stop TERM; (sleep 10; stop KILL) & ;; esac
+        case $status in 130 | 143) ;; *) stop TERM; (sleep 10; stop KILL) >/dev/null 2>&1 & ;; esac
     fi
 done
 case $code in

@@ -57,6 +57,7 @@ def main(
             for name, path in {"--workdir": flags.FLAGS.workdir, **config.inputs}.items():
                 if in_bucket(str(path)):
                     bucket.check(epath.Path(path), name if name == "--workdir" else f"config.inputs.{name}")
+            open_workdir(config, workdir)
             run(config, workdir)
         except UserError as error:
             _fail(str(error), EXIT_USER_ERROR, watch)
@@ -176,6 +177,19 @@ def own_options() -> list[tuple[str, str]]:
         shown = f"--{flag.name}" if flag.boolean else f"--{flag.name}={'' if flag.default is None else flag.default}"
         found.append((shown, " ".join(flag.help.split())))
     return found
+
+
+def open_workdir(config: ConfigDict, workdir: epath.Path) -> None:
+    """Makes a new workdir and writes its config.json; one that is there is left as it is until a stage has its lock.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        if not (workdir / "config.json").exists():
+            save_config(config, workdir)
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be written: {error.strerror or brief(error)}") from error
 
 
 def save_config(config: ConfigDict, workdir: epath.Path) -> None:

@@ -26,8 +26,7 @@ def help_text(about: str, options: Sequence[tuple[str, str]], sections: Sequence
 def fields_of(sections: Sequence[str]) -> Iterator[tuple[str, Field]]:
     """The fields of some sections (or single ones), by their full names."""
     for name in sections:
-        section, _, single = name.partition(".")
-        found = SECTIONS[section][single] if single else SECTIONS[section]
+        found = SECTIONS[name]
         yield from [(name, found)] if isinstance(found, Field) else leaves(found, f"{name}.")
 
 

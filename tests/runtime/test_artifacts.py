@@ -164,8 +164,81 @@ def test_damaged_metadata_and_later_formats_are_refused(tmp_path):
     with pytest.raises(UserError, match="has format version 99; this program reads 1 to 2"):
         artifacts.read_metadata(directory)
     path.write_text(path.read_text()[:40])
+    (directory / "metadata.copy.json").unlink()
     with pytest.raises(UserError, match="is damaged"):
         artifacts.read_metadata(directory)
+    with pytest.raises(
+        UserError, match=r"is damaged .*; python -m iar_jax\.train makes it again from what else is there"
+    ):
+        artifacts.require(directory, "train")
+
+
+def cut(text):
+    return text[: len(text) // 2]
+
+
+def flipped(text):
+    return text.replace(b'"finished": false', b'"finishdd": false')
+
+
+def other_value(text):
+    return text.replace(b'"num_steps": 3', b'"num_steps": 7')
+
+
+def without_inputs(text):
+    return json.dumps({k: v for k, v in json.loads(text).items() if k != "inputs"}).encode()
+
+
+def of_another_kind(text):
+    return json.dumps(json.loads(text) | {"inputs": []}).encode()
+
+
+@pytest.mark.parametrize(
+    "damage", [cut, flipped, other_value, without_inputs, of_another_kind, lambda _: b"", lambda _: b"[]"]
+)
+def test_damaged_metadata_is_read_from_its_copy_and_put_back(tmp_path, capsys, damage):
+    directory = made(tmp_path)
+    path = directory / "metadata.json"
+    whole, found = path.read_bytes(), artifacts.read_metadata(directory)
+    assert damage(whole) != whole
+    path.write_bytes(damage(whole))
+    assert artifacts.read_metadata(directory) == found
+    assert "is damaged" in capsys.readouterr().out
+    assert begin(directory) is None
+    assert path.read_bytes() == whole
+
+
+def test_metadata_whose_copy_is_damaged_too_is_made_again_from_the_config(tmp_path, capsys):
+    directory = made(tmp_path, steps_done=2)
+    for name in ("metadata.json", "metadata.copy.json"):
+        (directory / name).write_bytes(b"{}")
+    assert begin(directory) is None
+    assert "it is made again by this config" in capsys.readouterr().out
+    assert artifacts.read_metadata(directory).config == json.loads(json.dumps(CONFIG))
+    assert (directory / "checkpoints").exists()
+
+
+def test_a_path_to_the_same_content_makes_no_other_artifact(tmp_path):
+    directory, config = epath.Path(tmp_path) / "a", RelevantConfig({"data": {"source": "folder:/here"}})
+    moved = RelevantConfig({"data": {"source": "folder:/there/"}})
+    artifacts.begin(directory, "extract_codes", config, {"images": "abc"})
+    artifacts.finish(directory, "f", {})
+    assert artifacts.finished(directory, moved, {}, lambda: {"images": "abc"})
+    for other in ({"images": "xyz"}, {}):
+        with pytest.raises(UserError, match=r"config.data.source was 'folder:/here', now 'folder:/there/'"):
+            artifacts.finished(directory, moved, {}, lambda other=other: other)
+
+
+def test_what_another_host_has_written_is_waited_for(tmp_path, monkeypatch):
+    path = epath.Path(tmp_path) / "metadata.json"
+    monkeypatch.setattr(artifacts.distributed, "is_first", lambda: False)
+    late = iter([None, None, lambda: path.write_bytes(b"old"), None, lambda: path.write_bytes(b"new")])
+    monkeypatch.setattr(artifacts.time, "sleep", lambda _: (next(late) or (lambda: None))())
+    artifacts.wait_until_seen(path, artifacts.digest_of(b"new"))
+    assert path.read_bytes() == b"new"
+    monkeypatch.setattr(artifacts.time, "sleep", lambda _: None)
+    with pytest.raises(UserError, match="must be on a disk that all hosts share, or in a bucket"):
+        artifacts.wait_until_seen(path, artifacts.digest_of(b"another"))
 
 
 def test_fingerprints_see_values_shapes_and_names():
