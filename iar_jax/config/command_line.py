@@ -1,5 +1,6 @@
 """The command line that all stages share: --config, --workdir and overrides of single fields."""
 
+import io
 import logging as std_logging
 import os
 import signal
@@ -38,6 +39,11 @@ def main(
         "config", None, "Path of the config, with its argument after a colon.", lock_config=True
     )
     flags.DEFINE_string("workdir", None, "Directory of the experiment; made if it is not there.")
+
+    # A terminal or a log that cannot show a letter shows a question mark.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
     def guarded(_):
         watch = None

@@ -114,7 +114,7 @@ def open_folder(path: str, section: Section) -> Opened:
         raise UserError(f"{path}: class {empty[0]!r} has 0 readable images; each class needs two at least")
     names = f"{resolution} {class_names}".encode()
     contents = b"".join(
-        f"\n{label} {os.path.getsize(file_path)} {os.path.relpath(file_path, root)}".encode()
+        os.fsencode(f"\n{label} {os.path.getsize(file_path)} {os.path.relpath(file_path, root)}")
         for file_path, label in files
     )
     return Opened(

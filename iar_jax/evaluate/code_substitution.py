@@ -76,7 +76,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     grid, rows = code_substitution_report.picture(originals, reconstructions, substitutions)
     image_grids.write_png(directory / "pictures.png", grid)
     write_json(directory / "figures.json", figures)
-    write_bytes(directory / "report.html", page.encode())
+    write_bytes(directory / "report.html", page.encode(errors="replace"))
     say(f"{table.head[0]:32}" + "".join(f"{cell:>10}" for cell in table.head[1:]))
     for row in table.rows:
         say(f"{row[0]:32}" + "".join(f"{cell:>10}" for cell in row[1:]))

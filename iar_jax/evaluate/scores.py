@@ -110,7 +110,7 @@ def measured(config: ConfigDict, workdir: epath.Path, inputs: dict[str, Artifact
     seconds = time.monotonic() - start
     page = page_of(config, workdir, inputs, tokenizer, images, reconstruct, content, seconds)
     write_json(directory / f"{name}.json", content)
-    write_bytes(directory / "report.html", page.encode())
+    write_bytes(directory / "report.html", page.encode(errors="replace"))
     fingerprint = hashlib.sha256(json.dumps(content["scores"]).encode()).hexdigest()
     artifacts.finish(directory / name, fingerprint, {"scores": content, "seconds": seconds})
     return content
