@@ -4,7 +4,7 @@ import random
 import re
 import signal
 
-from tests.faults.kills import steps_done
+from tests.faults.kills import steps_done, wait_for_step
 from tests.faults.workdirs import Outcome, assert_refused, before, begin, compared, run, said_last
 from tests.stages import wait_until
 
@@ -84,13 +84,11 @@ def of_the_latest_checkpoint(reference, workdir, item, way, seed):
     """The latest checkpoint of a killed run: the one before it is gone on from, and that is said."""
     before(workdir, reference, "train")
     process = begin("train", workdir)
-
-    def saved():
-        return process.poll() is not None or any(n.startswith("train/checkpoints/20/") for n in workdir.names())
-
-    wait_until(saved, pause=0.005)
+    # The checkpoint of step 10 is there or under way, and a later one is made by the signal.
+    wait_for_step(process, workdir, "train", 10)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 143, output
     latest = max(int(n.split("/")[2]) for n in workdir.names() if re.match(r"train/checkpoints/\d+/", n))
     hit(workdir, largest(workdir, rf"train/checkpoints/{latest}/{item}/.*"), random.Random(seed), way, flips=30)
     done = run("train", workdir, check=False)
