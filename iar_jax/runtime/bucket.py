@@ -1,6 +1,7 @@
 """What a bucket does beyond reading and writing: telling whether it can be reached, and writes under a condition."""
 
 import functools
+import os
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -33,6 +34,8 @@ def check(path: epath.Path, what: str) -> None:
     client = _client(what)
     from google.api_core import exceptions
 
+    # TensorFlow's file system would go on seeing for five seconds what is not there any more.
+    os.environ.setdefault("GCS_STAT_CACHE_MAX_AGE", "0")
     try:
         list(client.list_blobs(name, prefix=prefix, max_results=1, timeout=SECONDS, retry=_retry()))
     except exceptions.NotFound as error:
