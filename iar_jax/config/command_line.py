@@ -100,7 +100,8 @@ def keep_quiet() -> None:
 
     def hook(unraisable: Any) -> None:
         code = getattr(unraisable.object, "cr_code", None)
-        if code is None or "orbax" not in code.co_filename:
+        unfinished = code is not None and "orbax" in code.co_filename
+        if not unfinished and "Event loop is closed" not in str(unraisable.exc_value):
             sys.__unraisablehook__(unraisable)
 
     sys.unraisablehook = hook
