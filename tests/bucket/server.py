@@ -138,7 +138,8 @@ class Bucket:
             return found
 
     def names(self, prefix: str = "") -> list[str]:
-        return sorted(name for name in self.objects if name.startswith(prefix))
+        with self.guard:
+            return sorted(name for name in self.objects if name.startswith(prefix))
 
     def copy_tree(self, source: str, target: str) -> None:
         """All objects below a prefix under another one, without a request."""
