@@ -18,7 +18,7 @@ from jaxtyping import Int
 from iar_jax.codebook.permutation import Permutation, load_permutation
 from iar_jax.runtime.artifacts import Artifact, Metadata, changed_files, fingerprint_arrays, read_metadata, sizes_of
 from iar_jax.runtime.errors import UserError, brief
-from iar_jax.runtime.files import cache_directory, download, in_bucket, local_copy, writing
+from iar_jax.runtime.files import cache_directory, download, flush, in_bucket, local_copy, writing
 from iar_jax.runtime.progress import say
 
 MAKE_AGAIN = "run python -m iar_jax.extract_codes again, which makes damaged files anew"
@@ -132,6 +132,7 @@ def cached(directory: epath.Path, cache_dir: str) -> list[epath.Path]:
         # Several processes of a machine may do so at once.
         own = copies / f"{path.name}.{os.getpid()}.partial"
         download(path, own)
+        flush(own)
         own.replace(copies / path.name)
     return [copies / path.name for path in paths]
 

@@ -1,13 +1,12 @@
 """Public weight files: where they may lie, and how to get them once."""
 
 import hashlib
-import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
 from iar_jax.runtime.errors import UserError
-from iar_jax.runtime.files import cache_directory
+from iar_jax.runtime.files import cache_directory, writing
 from iar_jax.runtime.progress import say
 
 
@@ -71,28 +70,30 @@ def fetch(files: tuple[PublicFile, ...], what: str) -> Path:
     """Fetches the first of some files that can be had into the cache directory, whole or not at all."""
     reasons = []
     for file in files:
-        path = Path(cache_directory() / file.name)
-        partial = path.with_name(path.name + ".partial")
-        digest = hashlib.sha256()
+        path = cache_directory() / file.name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             say(f"fetching {file.address}")
-            with urllib.request.urlopen(file.address, timeout=30) as response, partial.open("wb") as target:
-                while block := response.read(1 << 20):
-                    target.write(block)
-                    digest.update(block)
-        except (urllib.error.URLError, OSError) as error:
-            partial.unlink(missing_ok=True)
+            with writing(path) as local:
+                digest = download(file.address, local)
+                if not digest.startswith(file.sha256):
+                    raise OSError(f"its SHA-256 begins {digest[:8]}, not {file.sha256}")
+        except OSError as error:
             reasons.append(f"{file.address}: {getattr(error, 'reason', error)}")
             continue
-        if not digest.hexdigest().startswith(file.sha256):
-            partial.unlink()
-            reasons.append(f"{file.address}: its SHA-256 begins {digest.hexdigest()[:8]}, not {file.sha256}")
-            continue
-        partial.replace(path)
-        return path
+        return Path(path)
     raise UserError(
         f"{what} are neither here nor could be fetched:\n  "
         + "\n  ".join(reasons)
         + f"\nPut one of {', '.join(file.name for file in files)} into {cache_directory()}, or give its path"
     )
+
+
+def download(address: str, path: Path) -> str:
+    """Writes what lies at an address to a local file; returns its SHA-256."""
+    digest = hashlib.sha256()
+    with urllib.request.urlopen(address, timeout=30) as response, path.open("wb") as target:
+        while block := response.read(1 << 20):
+            target.write(block)
+            digest.update(block)
+    return digest.hexdigest()
