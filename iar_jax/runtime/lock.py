@@ -87,10 +87,13 @@ def hold(directory: epath.Path) -> Iterator[Callable[[], None]]:
         yield keeper.check_place if keeper else lambda: None
     except Exception as error:
         if keeper is not None:
-            try:
-                keeper.check_place()
-            except UserError as moved:
-                raise moved from error
+            # What removes a tree begins with the files in it.
+            for _ in range(20 if isinstance(error, FileNotFoundError) else 1):
+                try:
+                    keeper.check_place()
+                except UserError as gone_away:
+                    raise gone_away from error
+                time.sleep(LOOK_SECONDS / 10)
         raise
     finally:
         if keeper is not None:
