@@ -4,10 +4,10 @@ from tests.faults.workdirs import Outcome, assert_refused, before, compared, run
 
 # What a store does to a share of its requests. Clients try again; the stage ends as if nothing had been.
 TROUBLES = {
-    "503": {"unavailable": 0.15},
-    "connections refused": {"refused": 0.1},
-    "answers broken off": {"broken": 0.1},
-    "slow answers": {"delay": 0.3, "delayed": 0.3},
+    "503": {"unavailable": 0.1, "at_most": 30},
+    "connections refused": {"refused": 0.1, "at_most": 30},
+    "answers broken off": {"broken": 0.1, "at_most": 30},
+    "slow answers": {"delay": 1.0, "delayed": 0.1, "at_most": 60},
     "listings that lag 3 s": {"lag": 3.0},
 }
 
