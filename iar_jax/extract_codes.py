@@ -114,7 +114,8 @@ def extract_splits(
                 shown,
                 stop,
             )
-        shards = codes.shards_in(directory)
+        num_shards = -(-len(source) // config.codes.images_per_shard)
+        shards = [codes.shard_path(directory, shard, num_shards) for shard in range(num_shards)]
         figures = {
             "files": artifacts.sizes_of(shards),
             "num_images": len(source),
