@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import threading
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
@@ -9,7 +10,10 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from iar_jax.data.pictures import Unreadable, decoded
 from iar_jax.data.preprocessing import center_crop
+from iar_jax.runtime.errors import UserError
+from iar_jax.runtime.progress import say
 
 
 @runtime_checkable
@@ -42,6 +46,48 @@ def centred(source: ImageSource, index: int, resolution: int) -> dict:
         "label": np.int32(label),
         "image_id": np.int64(source.image_ids[index]),
     }
+
+
+class Unreadables:
+    """Pictures of a source that turn out unreadable when they are asked for: named, and at most so many. Threads share
+    it."""
+
+    def __init__(self, at_most: int):
+        self.at_most, self.found, self.guard = at_most, set[str](), threading.Lock()
+
+    def note(self, problem: str) -> None:
+        """Counts one, once; `problem` says which it is and what is wrong.
+
+        Raises:
+            UserError: it is one more than may be.
+        """
+        with self.guard:
+            if problem in self.found:
+                return
+            self.found.add(problem)
+            if len(self.found) > self.at_most:
+                raise UserError(f"{problem}; config.data.max_unreadable allows {self.at_most} such pictures")
+            say(f"{problem}; the picture before it takes its place")
+
+    def example(
+        self, index: int, count: int, content: Callable[[int], tuple[bytes | None, int, str]]
+    ) -> tuple[Image.Image, int]:
+        """The picture and label of an index, or of the nearest one before it that can be read.
+
+        Args:
+            count: of the source's pictures; before the first comes the last.
+            content: gives the encoded picture of an index, its label, and where it lies.
+        """
+        for step in range(count):
+            encoded, label, where = content((index - step) % count)
+            problem = f"{where} has no image; only its path was stored"
+            if encoded is not None:
+                try:
+                    return decoded(encoded), label
+                except Unreadable as error:
+                    problem = f"{where} is not an image ({error})"
+            self.note(problem)
+        raise UserError(f"{problem}, and neither is any other of the source")
 
 
 @dataclasses.dataclass(frozen=True)

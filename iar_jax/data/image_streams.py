@@ -8,8 +8,9 @@ import grain
 import numpy as np
 from etils import epath
 
-from iar_jax.data.folder_images import IMAGE_SUFFIXES, read_image
+from iar_jax.data.folder_images import passed_over
 from iar_jax.data.image_source import ImageSource
+from iar_jax.data.pictures import SUFFIXES, Unreadable, read_image
 from iar_jax.runtime.artifacts import sha256_of
 from iar_jax.runtime.errors import UserError
 
@@ -59,9 +60,10 @@ class FolderStream:
     def __init__(self, directory: epath.Path):
         if not directory.is_dir():
             raise UserError(f"{directory} is not a folder of pictures")
-        self.paths = sorted(path for path in directory.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+        named = (path for path in directory.iterdir() if path.suffix.lower() in SUFFIXES and not passed_over(path.name))
+        self.paths = sorted(path for path in named if not path.is_dir())
         if not self.paths:
-            raise UserError(f"{directory}: no picture in it ({', '.join(IMAGE_SUFFIXES)})")
+            raise UserError(f"{directory}: no picture in it ({', '.join(SUFFIXES)})")
         self.shape = (len(self.paths), *self.pixels(0).shape)
         self.lossy = any(path.suffix.lower() in (".jpg", ".jpeg") for path in self.paths)
 
@@ -80,7 +82,7 @@ class FolderStream:
     def pixels(self, index: int) -> np.ndarray:
         try:
             return np.asarray(read_image(str(self.paths[index])))
-        except (OSError, ValueError) as error:
+        except Unreadable as error:
             raise UserError(f"{self.paths[index]} cannot be read ({error})") from error
 
     def sha256(self) -> str:

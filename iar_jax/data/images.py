@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from iar_jax.data.folder_images import open_folder
-from iar_jax.data.folder_images import read_image as read_image
 from iar_jax.data.image_source import ImageSource, Opened, Subset
 from iar_jax.data.mnist import open_mnist5k
 from iar_jax.data.parquet_images import open_parquet
+from iar_jax.data.pictures import read_image as read_image
 from iar_jax.data.tfds_images import open_tfds
 from iar_jax.runtime.errors import UserError
 from iar_jax.runtime.section import Section

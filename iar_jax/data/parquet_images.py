@@ -20,8 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from iar_jax.data import preprocessing
-from iar_jax.data.image_source import Opened, centred
+from iar_jax.data.image_source import Opened, Unreadables, centred
 from iar_jax.data.imagenet import check_class_order
 from iar_jax.runtime.errors import UserError, brief
 from iar_jax.runtime.section import Section
@@ -105,8 +104,11 @@ class ParquetSource:
         first_id: id of the first image; the others follow.
     """
 
-    def __init__(self, files: ParquetFiles, labels: np.ndarray, first_id: int, resolution: int):
+    def __init__(
+        self, files: ParquetFiles, labels: np.ndarray, first_id: int, resolution: int, unreadables: Unreadables
+    ):
         self.files, self.labels, self.resolution = files, labels.astype(np.int32), resolution
+        self.unreadables = unreadables
         self.image_ids = first_id + np.arange(len(labels))
 
     def __len__(self) -> int:
@@ -116,10 +118,9 @@ class ParquetSource:
         return centred(self, index, self.resolution)
 
     def example(self, index: int) -> tuple[Image.Image, int]:
-        content, where = self.files[int(index)], self.files.where(int(index))
-        if content is None:
-            raise UserError(f"{where} has no image; only its path was stored")
-        return preprocessing.decoded(content, where), int(self.labels[index])
+        return self.unreadables.example(
+            int(index), len(self), lambda i: (self.files[i], int(self.labels[i]), self.files.where(i))
+        )
 
 
 def open_parquet(path: str, section: Section) -> Opened:
@@ -140,11 +141,12 @@ def open_parquet(path: str, section: Section) -> Opened:
     check_class_order(class_names, section["source"])
     digest = hashlib.sha256(f"{section['resolution']} {image_column} {label_column}".encode())
     sources: dict[str, ParquetSource] = {}
+    unreadables = Unreadables(section["max_unreadable"])
     first_id = 0
     for split, paths in splits.items():
         check_labels(paths, labels[split], class_names)
         files = ParquetFiles(paths, image_column)
-        sources[split] = ParquetSource(files, labels[split], first_id, section["resolution"])
+        sources[split] = ParquetSource(files, labels[split], first_id, section["resolution"], unreadables)
         first_id += len(files)
         for file in paths:
             digest.update(split.encode() + footer(file))

@@ -1,6 +1,5 @@
 """From decoded pictures to uint8 arrays [size, size, 3]: crops, shifts and flips."""
 
-import io
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -8,38 +7,61 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
-from PIL import Image, ImageOps
+from PIL import Image
 
-from iar_jax.runtime.errors import UserError, brief
 from iar_jax.runtime.section import Section
+
+# A longer picture is cut to its middle, of which every crop is made.
+LONGEST = 8
+
+ORIENTATION = 0x0112
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1 where there is none, or it cannot be read. The rest of the block is let alone: it
+    may hold anything."""
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # struct.error, TypeError, OverflowError and others
+        return 1
+
+
+def middle(image: Image.Image) -> Image.Image:
+    """The picture, or the middle of a strip: no crop reaches further, and scaled as a whole it may take any memory."""
+    longest = LONGEST * min(image.size)
+    left, top = (max(0, side - longest) // 2 for side in image.size)
+    return image.crop((left, top, image.width - left, image.height - top)) if left or top else image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB picture of any PIL mode, upright: EXIF rotation applied, transparency laid over white, 16 bit to 8."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("I", "I;16", "I;16B", "I;16L", "F"):
+    """RGB picture of any PIL mode, upright: turned by its EXIF orientation, transparency laid over white, 16 bit to 8;
+    a strip is cut to its middle."""
+    turn, clear = UPRIGHT.get(orientation(image)), image.info.get("transparency")
+    image = middle(image)
+    if turn is not None:
+        image = image.transpose(turn)
+    if image.mode in ("I", "I;16", "I;16B", "I;16L", "I;16N", "F"):
         values = np.asarray(image, np.float32)
-        if image.mode != "F":
-            values = values / 257.0
-        image = Image.fromarray(np.clip(values + 0.5, 0, 255).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        shown = np.clip((values if image.mode == "F" else values / 257.0) + 0.5, 0, 255).astype(np.uint8)
+        if isinstance(clear, int):
+            shown = np.where(values == clear, np.uint8(255), shown)
+        return Image.fromarray(shown).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or clear is not None:
+        if clear is not None:  # which cutting and turning may have lost
+            image.info["transparency"] = clear
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
-
-
-def decoded(content: bytes, where: str) -> Image.Image:
-    """RGB image of an encoded one, as ADM and LlamaGen convert ImageNet's: transparency dropped, no EXIF rotation.
-
-    Raises:
-        UserError: the bytes, which lie `where`, are not an image.
-    """
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"{where} is not an image ({brief(error)})") from error
 
 
 def center_crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]:

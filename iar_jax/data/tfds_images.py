@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from iar_jax.data import preprocessing
-from iar_jax.data.image_source import Opened, centred
+from iar_jax.data.image_source import Opened, Unreadables, centred
 from iar_jax.data.imagenet import check_class_order
 from iar_jax.runtime.errors import UserError
 from iar_jax.runtime.progress import progress
@@ -32,8 +31,9 @@ class TfdsSource:
         first_id: id of the first image; the others follow.
     """
 
-    def __init__(self, name: str, records: Any, first_id: int, resolution: int):
+    def __init__(self, name: str, records: Any, first_id: int, resolution: int, unreadables: Unreadables | None = None):
         self.name, self.records, self.resolution = name, records, resolution
+        self.unreadables = unreadables or Unreadables(0)
         self.image_ids = first_id + np.arange(len(records))
 
     def __len__(self) -> int:
@@ -43,8 +43,12 @@ class TfdsSource:
         return centred(self, index, self.resolution)
 
     def example(self, index: int) -> tuple[Image.Image, int]:
-        record = self.records[int(index)]
-        return preprocessing.decoded(record["image"], f"{self.name}: record {index}"), int(record["label"])
+        return self.unreadables.example(int(index), len(self), self.content)
+
+    def content(self, index: int) -> tuple[bytes, int, str]:
+        """The encoded picture of a record, its label, and where it lies."""
+        record = self.records[index]
+        return record["image"], int(record["label"]), f"{self.name}: record {index}"
 
     @functools.cached_property
     def labels(self) -> np.ndarray:
@@ -115,7 +119,7 @@ class TfdsSplits:
         UserError: no such set is prepared, or it is not one of labelled images.
     """
 
-    def __init__(self, name: str, directory: str, resolution: int):
+    def __init__(self, name: str, directory: str, resolution: int, max_unreadable: int = 0):
         import tensorflow_datasets as tfds  # takes a second
 
         try:
@@ -132,6 +136,7 @@ class TfdsSplits:
         decoders = {"image": tfds.decode.SkipDecoding()}
         self.class_names = tuple(features["label"].names)
         self.sources: dict[str, TfdsSource] = {}
+        unreadables = Unreadables(max_unreadable)
         digest = hashlib.sha256(f"{builder.info.full_name} {resolution}".encode())
         first_id = 0
         for split in ("train", "validation", "test"):
@@ -143,7 +148,7 @@ class TfdsSplits:
                 records: Any = ParsedRecords(TfRecordFiles(paths), features, decoders)
             else:
                 records = builder.as_data_source(split, decoders=decoders)
-            self.sources[split] = TfdsSource(f"tfds:{name} {split}", records, first_id, resolution)
+            self.sources[split] = TfdsSource(f"tfds:{name} {split}", records, first_id, resolution, unreadables)
             first_id += len(records)
             digest.update(f" {split} {info.shard_lengths} {info.num_bytes}".encode())
         self.fingerprint = digest.hexdigest()
@@ -155,7 +160,7 @@ def open_tfds(name: str, section: Section) -> Opened:
     Raises:
         UserError: see `TfdsSplits`; or it has no train split.
     """
-    found = TfdsSplits(name, section["tfds_dir"], section["resolution"])
+    found = TfdsSplits(name, section["tfds_dir"], section["resolution"], section["max_unreadable"])
     if "train" not in found.sources:
         raise UserError(f"tfds:{name} has no train split")
     check_class_order(found.class_names, f"tfds:{name}")

@@ -15,7 +15,7 @@ from iar_jax.generators.autoregressive.generator import Autoregressive
 from iar_jax.generators.autoregressive.sizes import size_named
 from iar_jax.generators.autoregressive.transformer import Transformer, swiglu_hidden_dim
 from iar_jax.generators.settings import Facts
-from iar_jax.interop.torch_files import read_torch_file, write_torch_file
+from iar_jax.interop.torch_files import check_finite, read_torch_file, write_torch_file
 from iar_jax.models.rope import rope_table
 from iar_jax.models.vqgan import VQModel
 from iar_jax.runtime.errors import UserError
@@ -314,6 +314,9 @@ def read_state_dict(path: str | Path, keys: tuple[str, ...]) -> StateDict:
     }
     if not weights:
         raise UserError(f"{path}: no tensors found, at the top or under one of {', '.join(keys)}")
+    if any(name.startswith("cls_embedding.cap_proj") for name in weights):
+        raise UserError(f"{path} is LlamaGen's text-to-image model; those that draw classes are read here")
+    check_finite({name: value for name, value in weights.items() if name not in BUFFERS}, path)
     return weights
 
 
