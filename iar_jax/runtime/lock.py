@@ -200,19 +200,26 @@ class Keeper:
 
     def _take(self) -> None:
         path = self.directory / LOCK_FILE
-        try:
-            other = self.place.read()
-            if other is not None:
-                self._outlive(other)
-            if not self.place.write(self.holder):
-                raise UserError(in_use(path, self.place.read()))
-        except OSError as error:
-            if in_bucket(path):
-                raise UserError(f"{path} cannot be written ({error}); run the same command again") from error
-            raise
         if not in_bucket(path):
+            self._take_once()
             time.sleep(SETTLE_SECONDS)
             self._check_ours()
+            return None
+        since = time.monotonic()
+        while True:
+            try:
+                return self._take_once()
+            except OSError as error:
+                if time.monotonic() - since > SILENT_AT_MOST_SECONDS:
+                    raise UserError(f"{path} cannot be written ({error}); run the same command again") from error
+            time.sleep(HEARTBEAT_SECONDS / 5)
+
+    def _take_once(self) -> None:
+        other = self.place.read()
+        if other is not None and other.token != self.holder.token:
+            self._outlive(other)
+        if not self.place.write(self.holder):
+            raise UserError(in_use(self.directory / LOCK_FILE, self.place.read()))
 
     def _outlive(self, other: Holder) -> None:
         """Returns once the other holder is known to be dead."""
