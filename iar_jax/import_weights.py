@@ -31,8 +31,9 @@ from iar_jax.interop import llamagen
 from iar_jax.interop.torch_files import read_torch_file
 from iar_jax.models.tokenizer import load_tokenizer
 from iar_jax.models.vqgan import VQModel
-from iar_jax.runtime import artifacts, checkpoint, sharding
+from iar_jax.runtime import artifacts, checkpoint, lock, sharding
 from iar_jax.runtime.errors import UserError
+from iar_jax.runtime.files import writing
 from iar_jax.runtime.progress import say
 
 READS = ("seed", "inputs", "mesh", "data", "tokenizer", "codebook", "model")
@@ -223,10 +224,12 @@ def save_artifact(
     step: int,
 ) -> None:
     """Writes weights as the artifact that a stage of ours would have left."""
-    if artifacts.begin(directory, stage, config, inputs):
-        raise UserError(f"{directory} is there already; give another --workdir, or delete it")
-    checkpoint.save_params(directory / "checkpoints", step, params)
-    artifacts.finish(directory, artifacts.fingerprint_arrays(params), figures | {"imported": True})
+    if artifacts.finished(directory, config, inputs):
+        raise UserError(f"{directory} is there already; give another --workdir, or move it away")
+    with lock.hold(directory):
+        artifacts.begin(directory, stage, config, inputs)
+        checkpoint.save_params(directory / "checkpoints", step, params)
+        artifacts.finish(directory, artifacts.fingerprint_arrays(params), figures | {"imported": True})
 
 
 def export_transformer(config: ConfigDict, workdir: epath.Path, path: str) -> None:
