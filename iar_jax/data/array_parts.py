@@ -17,12 +17,13 @@ from iar_jax.runtime.errors import UserError, brief
 
 # Of all archives: the same rows are the same file.
 DATE = (1980, 1, 1, 0, 0, 0)
+DIGEST_BYTES = 32
 
 
 class ArrayParts:
     """Rows 0 .. done of an array [num_rows, ...], in a directory of files that are whole or not there.
 
-    Each is a .npz, whose format has a checksum: a damaged one, and those after it, are made again.
+    Each is a .npy with its SHA-256 behind it: a damaged one, and those after it, are made again.
     """
 
     def __init__(self, directory: epath.Path):
@@ -65,7 +66,8 @@ class ArrayParts:
 
     def append(self, rows: np.ndarray) -> None:
         """Writes the next rows."""
-        write_npz(self._path(self.done), {"rows": rows})
+        content = npy_bytes(rows)
+        files.write_bytes(self._path(self.done), content + hashlib.sha256(content).digest())
         self.starts.append(self.done + len(rows))
 
     def take(self, indices: np.ndarray) -> np.ndarray:
@@ -115,7 +117,7 @@ class ArrayParts:
         self.directory.rmtree()
 
     def _path(self, start: int) -> epath.Path:
-        return self.directory / f"from-{start:08d}.npz"
+        return self.directory / f"from-{start:08d}.npy"
 
     def _rows(self, start: int) -> np.ndarray:
         rows = self._read(self._path(start))
@@ -125,9 +127,10 @@ class ArrayParts:
 
     def _read(self, path: epath.Path) -> np.ndarray | None:
         try:
-            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as content:
-                return content["rows"]
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+            content = path.read_bytes()
+            whole, digest = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
+            return np.load(io.BytesIO(whole), allow_pickle=False) if hashlib.sha256(whole).digest() == digest else None
+        except (OSError, ValueError, EOFError):
             return None
 
 

@@ -41,9 +41,9 @@ def test_a_part_that_is_cut_and_what_comes_after_it_is_made_again(tmp_path):
     parts = ArrayParts(epath.Path(tmp_path) / "parts")
     for start in (0, 3, 6):
         parts.append(rows(3, start))
-    middle = tmp_path / "parts" / "from-00000003.npz"
+    middle = tmp_path / "parts" / "from-00000003.npy"
     middle.write_bytes(middle.read_bytes()[:-1])
-    (tmp_path / "parts" / "from-00000009.npz.partial").write_bytes(b"half")
+    (tmp_path / "parts" / "from-00000009.npy.partial").write_bytes(b"half")
     again = ArrayParts(epath.Path(tmp_path) / "parts")
     assert again.done == 3
     again.append(rows(3, 3))

@@ -73,10 +73,12 @@ def test_a_second_run_is_refused(reference, workdir):
     assert_survived(runs.a_second_run(reference, workdir, "--config.training.learning_rate=0.5"))
 
 
+@pytest.mark.slow
 def test_a_directory_that_is_moved_away(reference, workdir):
     assert_survived(runs.moved_or_removed(reference, workdir, "train", True))
 
 
+@pytest.mark.slow
 def test_a_kill_at_an_upload(reference, in_bucket):
     assert_survived(kills.at_an_upload(reference, in_bucket, "train", 0.6))
 
