@@ -17,13 +17,12 @@ from iar_jax.runtime.errors import UserError, brief
 
 # Of all archives: the same rows are the same file.
 DATE = (1980, 1, 1, 0, 0, 0)
-DIGEST_BYTES = 32
 
 
 class ArrayParts:
     """Rows 0 .. done of an array [num_rows, ...], in a directory of files that are whole or not there.
 
-    Each is a .npy with its SHA-256 behind it: a damaged one, and those after it, are made again.
+    Each is a .npy with the SHA-256 of its rows behind it: a damaged one, and those after it, are made again.
     """
 
     def __init__(self, directory: epath.Path):
@@ -66,8 +65,7 @@ class ArrayParts:
 
     def append(self, rows: np.ndarray) -> None:
         """Writes the next rows."""
-        content = npy_bytes(rows)
-        files.write_bytes(self._path(self.done), content + hashlib.sha256(content).digest())
+        files.write_bytes(self._path(self.done), npy_bytes(rows) + digest_of(rows))
         self.starts.append(self.done + len(rows))
 
     def take(self, indices: np.ndarray) -> np.ndarray:
@@ -127,11 +125,18 @@ class ArrayParts:
 
     def _read(self, path: epath.Path) -> np.ndarray | None:
         try:
-            content = path.read_bytes()
-            whole, digest = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
-            return np.load(io.BytesIO(whole), allow_pickle=False) if hashlib.sha256(whole).digest() == digest else None
+            with path.open("rb") as file:
+                rows = np.load(file, allow_pickle=False)
+                return rows if file.read() == digest_of(rows) else None
         except (OSError, ValueError, EOFError):
             return None
+
+
+def digest_of(rows: np.ndarray) -> bytes:
+    """SHA-256 of an array's kind and content."""
+    digest = hashlib.sha256(f"{rows.shape} {rows.dtype}".encode())
+    digest.update(np.ascontiguousarray(rows).data)
+    return digest.digest()
 
 
 def array_names(path: epath.Path) -> set[str]:
