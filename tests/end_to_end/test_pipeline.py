@@ -397,6 +397,7 @@ def test_a_kind_of_generator_from_outside_trains_samples_and_is_scored(finished,
     assert refused.returncode == 2
 
 
+@pytest.mark.slow
 def test_two_levels_of_clusters_are_a_value_in_the_config(finished, tmp_path):
     levels = ["--config.codebook.cluster_sizes=(4,16)", "--config.training.cluster_weights=(1.0,0.5)"]
     inputs = [f"--config.inputs.{name}={finished.path / name}" for name in ("tokenizer", "codes")]
