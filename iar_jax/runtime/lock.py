@@ -199,20 +199,21 @@ class Keeper:
         self.thread.start()
 
     def _take(self) -> None:
-        path = self.directory / LOCK_FILE
-        if not in_bucket(path):
+        if not in_bucket(self.directory):
             self._take_once()
             time.sleep(SETTLE_SECONDS)
             self._check_ours()
-            return None
-        since = time.monotonic()
-        while True:
+            return
+        since, taken = time.monotonic(), False
+        while not taken:
             try:
-                return self._take_once()
+                self._take_once()
+                taken = True
             except OSError as error:
                 if time.monotonic() - since > SILENT_AT_MOST_SECONDS:
+                    path = self.directory / LOCK_FILE
                     raise UserError(f"{path} cannot be written ({error}); run the same command again") from error
-            time.sleep(HEARTBEAT_SECONDS / 5)
+                time.sleep(HEARTBEAT_SECONDS / 5)
 
     def _take_once(self) -> None:
         other = self.place.read()

@@ -15,6 +15,7 @@ import time
 from typing import Any, NoReturn
 
 SECONDS_BETWEEN = 3.0
+SECONDS_TO_LOOK = 1.0
 # A process that has not been heard of for so long is gone. JAX's own limit is a longer one.
 SILENT_SECONDS = 25.0
 
@@ -65,7 +66,7 @@ class Watch:
 
     def _listen(self) -> None:
         while True:
-            time.sleep(1.0)
+            time.sleep(SECONDS_TO_LOOK)
             missing = self.missing()
             if missing:
                 self.end(f"{missing}: it was killed or hangs, or its host cannot be reached. {GO_ON}")
