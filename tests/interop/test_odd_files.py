@@ -29,11 +29,12 @@ CASES = Path(__file__).parents[1] / "cases"
             "is a Git LFS pointer .*git lfs pull",
         ),
         (b"\n <!DOCTYPE html><html><body>Sign in</body></html>", "is a web page"),
-        (gzip.compress(b"weights"), "is compressed with gzip"),
+        (gzip.compress(b"weights", mtime=0), "is compressed with gzip"),
         (b"Entry not found", "is a text and not weights; it begins: Entry not found"),
         (b"PK\x03\x04" + bytes(100), "is a zip file that was cut short"),
         (bytes(range(256)), "cannot be read as a PyTorch"),
     ],
+    ids=["empty", "pointer", "page", "gzip", "text", "cut", "bytes"],
 )
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".safetensors"])
 def test_what_downloads_leave_is_named_for_what_it_is(tmp_path, content, message, suffix):
