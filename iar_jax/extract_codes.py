@@ -60,11 +60,12 @@ def run(config: ConfigDict, workdir: epath.Path, thorough: bool = False) -> None
     def contents() -> dict[str, str]:
         return {"images": open_images(config.data).fingerprint}
 
-    directories = [workdir / "codes" / split for split in splits]
-    if all(
-        (found := artifacts.finished(directory, made_by, inputs, contents)) and codes.whole(directory, found, thorough)
-        for directory in directories
-    ):
+    def whole(directory: epath.Path) -> bool:
+        found = artifacts.finished(directory, made_by, inputs, contents)
+        return found is not None and codes.whole(directory, found, thorough)
+
+    there = {directory: whole(directory) for directory in (workdir / "codes" / split for split in splits)}
+    if all(there.values()):
         say(f"extract_codes: done, in {workdir / 'codes'}")
         return
     mesh = sharding.make_mesh(**config.mesh)
@@ -72,9 +73,9 @@ def run(config: ConfigDict, workdir: epath.Path, thorough: bool = False) -> None
     images = open_images(config.data)
     with lock.hold(workdir / "codes"), catch_stop_signals() as stop:
         command_line.save_config(config, workdir)
-        for directory in directories:
+        for directory, sound in there.items():
             done = artifacts.begin(directory, "extract_codes", made_by, inputs | {"images": images.fingerprint})
-            if done and not codes.whole(directory, done, thorough):
+            if done and not sound:
                 artifacts.reopen(directory)
         extract_splits(config, workdir / "codes", opened["tokenizer"].directory, images, splits, mesh, stop)
 

@@ -102,18 +102,18 @@ def whole(directory: epath.Path, metadata: Metadata, thorough: bool) -> bool:
     return not problem
 
 
-def cached(directory: epath.Path, cache_dir: str) -> list[epath.Path]:
+def cached(directory: epath.Path, paths: list[epath.Path], cache_dir: str) -> list[epath.Path]:
     """Local copies of the files of a finished split in a bucket, where a read of one record takes a request; copies of
     the same content that are there already stay.
 
     Args:
+        paths: of the files.
         cache_dir: "" is the machine's cache directory, unless the files would take more than half of its room.
 
     Raises:
         UserError: the given directory has too little room for them.
     """
-    metadata, paths = read_metadata(directory), shards_in(directory)
-    sizes = sizes_of(paths)
+    metadata, sizes = read_metadata(directory), sizes_of(paths)
     top = epath.Path(cache_dir).expanduser() if cache_dir else cache_directory() / "codes"
     copies = top / (metadata.fingerprint[:16] if metadata else "codes")
     copies.mkdir(parents=True, exist_ok=True)
@@ -161,7 +161,8 @@ class RawRecords:
 
     def __init__(self, directory: epath.Path, codebook_size: int, cache_dir: str = ""):
         self.codebook_size = codebook_size
-        self.paths = [str(path) for path in shards_in(directory)]
+        paths = shards_in(directory)
+        self.paths = [str(path) for path in paths]
         promised = int(self.paths[0].rsplit("-", 1)[1].split(".")[0]) if self.paths else 0
         if not self.paths or len(self.paths) != promised:
             raise UserError(
@@ -170,7 +171,7 @@ class RawRecords:
             )
         try:
             if in_bucket(directory):
-                self.paths = [str(path) for path in cached(directory, cache_dir)]
+                self.paths = [str(path) for path in cached(directory, paths, cache_dir)]
             self.source = ArrayRecordDataSource(self.paths)
         except UserError:
             raise

@@ -13,7 +13,7 @@ from iar_jax.evaluate import classifier, files
 from iar_jax.interop import downloads
 from iar_jax.metrics import adm_suite
 from iar_jax.metrics.adm_suite import ImageSet
-from iar_jax.runtime import artifacts, lock
+from iar_jax.runtime import artifacts, distributed, lock
 from iar_jax.runtime.errors import UserError
 from iar_jax.runtime.section import Section
 
@@ -62,7 +62,7 @@ def inception_scores(
         else:
             path = directory / f"reference-{images.fingerprint[:8]}-{network.sha256[:8]}.npz"
             train = ImageSet(SourceStream(images.train), f"{images.name} train", f"{images.fingerprint} train", "real")
-            if not path.exists():
+            if not distributed.from_first(path.exists()):
                 adm_suite.make_reference(path, train, "train", network, kept, batch_size)
         reference = adm_suite.load_reference(path, network, kept, batch_size)
         scores = {}

@@ -31,7 +31,10 @@ def check(path: epath.Path, what: str) -> None:
     name, _, prefix = rest.partition("/")
     if not prefix.strip("/"):
         raise UserError(f"{what} is {path}; give a name inside of the bucket, as gs://{name or 'BUCKET'}/NAME")
-    client = _client(what)
+    try:
+        client = _client()
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from error
     from google.api_core import exceptions
 
     # TensorFlow's file system would go on seeing for five seconds what is not there any more.
@@ -101,23 +104,23 @@ def remove(path: epath.Path, generation: int) -> None:
 
 def _blob(path: epath.Path) -> Any:
     name, _, inside = str(path).partition("://")[2].partition("/")
-    return _client(str(path)).bucket(name).blob(inside)
+    return _client().bucket(name).blob(inside)
 
 
 @functools.cache
-def _client(what: str) -> Any:
+def _client() -> Any:
     try:
         from google.auth.exceptions import GoogleAuthError
         from google.cloud import storage
     except ImportError as error:
         raise UserError(
-            f"{what}: Google Cloud Storage needs its client; pip install 'iar_jax[gcs]' (or google-cloud-storage)"
+            "Google Cloud Storage needs its client; pip install 'iar_jax[gcs]' (or google-cloud-storage)"
         ) from error
     try:
         return storage.Client()
     except (GoogleAuthError, OSError) as error:
         raise UserError(
-            f"{what}: no credentials for Google Cloud Storage; run `gcloud auth application-default login`, name a "
+            "no credentials for Google Cloud Storage; run `gcloud auth application-default login`, name a "
             f"key file in GOOGLE_APPLICATION_CREDENTIALS, or run on a machine with a service account ({brief(error)})"
         ) from error
 

@@ -81,6 +81,11 @@ class FlushedPath(atomicity.AtomicRenameTemporaryPath):
         await asyncio.to_thread(flush, self.get_final().parent)
 
 
+def temporary_path(directory: epath.Path) -> type[FlushedPath] | None:
+    """How checkpoints become whole; None is Orbax's own way, which in a bucket is a file that says so."""
+    return None if in_bucket(directory) else FlushedPath
+
+
 class Checkpoints:
     """The checkpoints of one run, in one directory."""
 
@@ -92,7 +97,7 @@ class Checkpoints:
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=retention.policy(),
                     enable_async_checkpointing=True,
-                    temporary_path_class=None if in_bucket(directory) else FlushedPath,
+                    temporary_path_class=temporary_path(directory),
                     # What a killed save left.
                     cleanup_tmp_directories=True,
                 ),
@@ -181,7 +186,7 @@ class Checkpoints:
 def save_params(directory: epath.Path, step: int, params: Any) -> None:
     """Writes a checkpoint that has weights alone, for `restore_params`."""
     info = sealed({"ema_checksum": int(checksum(params))})
-    options = ocp.CheckpointManagerOptions(temporary_path_class=None if in_bucket(directory) else FlushedPath)
+    options = ocp.CheckpointManagerOptions(temporary_path_class=temporary_path(directory))
     with ocp.CheckpointManager(absolute(directory), options=options) as manager:
         manager.save(
             step, args=ocp.args.Composite(ema_params=ocp.args.StandardSave(params), info=ocp.args.JsonSave(info))

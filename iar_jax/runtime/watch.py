@@ -82,11 +82,9 @@ class Watch:
         return ""
 
     def wait_for_news(self) -> None:
-        """Called where something failed that may be the loss of a process: ends this one with its name, or returns
-        where all are heard."""
-        end = time.monotonic() + SILENT_SECONDS + 2 * SECONDS_BETWEEN
-        while time.monotonic() < end:
-            time.sleep(0.5)
+        """Called where something failed that may be the loss of a process: gives the watch the time to name it and end
+        this one; returns where all are heard."""
+        time.sleep(SILENT_SECONDS + 2 * SECONDS_BETWEEN)
 
     def leave_word(self, reason: str) -> None:
         """Tells the others why this process ends."""
