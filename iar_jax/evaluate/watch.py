@@ -44,6 +44,8 @@ def run(config: ConfigDict, workdir: epath.Path, pause: float, score: Score) -> 
             board.write(step, {f"evaluation/{name}": value for name, value in found.items()})
             board.flush()
         if not new and training is not None and training.finished:
+            log.close()
+            board.close()
             say(f"watch: the training is finished, {len(scored)} checkpoints are scored, in {path}")
             return
         if not new:
