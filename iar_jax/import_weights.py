@@ -10,6 +10,7 @@
         --export=transformer.safetensors --what=transformer
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ from iar_jax.config.checks import grid_size
 from iar_jax.config.relevance import RelevantConfig, relevant
 from iar_jax.data.codes import permutation_fingerprint, read_permutation
 from iar_jax.generators.code_layout import CodeLayout
-from iar_jax.generators.generator import generator_directory, load_generator
+from iar_jax.generators.generator import Generator, generator_directory, load_generator
 from iar_jax.generators.settings import Facts
 from iar_jax.interop import llamagen
 from iar_jax.interop.torch_files import read_torch_file
@@ -62,7 +63,8 @@ def define_flags() -> None:
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> None:
-    """Imports what the flags name into the workdir, or exports from it."""
+    """Imports what the flags name into the workdir, or exports from it. All files are read and checked before anything
+    is written; what is there already with the same content stays."""
     options = flags.FLAGS
     if options.export:
         EXPORTS[options.what](config, workdir, options.export)
@@ -73,24 +75,32 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         raise UserError("give --tokenizer=FILE (or --reordered_tokenizer=FILE with --mapping=FILE), or --export=FILE")
     if options.rearrange and (options.mapping or options.reordered_tokenizer):
         raise UserError("give --rearrange, or IAR's --mapping and --reordered_tokenizer, not both")
-    tokenizer, permutation = import_tokenizer(
-        config, workdir, options.tokenizer, options.reordered_tokenizer, options.mapping
+    module, params, permutation = read_tokenizer(
+        config, options.tokenizer, options.reordered_tokenizer, options.mapping
+    )
+    made_by = RelevantConfig(
+        {"data": {"resolution": config.data.resolution}, "tokenizer": tokenizer_section(config, module, source)}
+    )
+    transformer = read_transformer(config, options.transformer, module.codebook_size) if options.transformer else None
+
+    tokenizer = save_tokenizer_artifact(workdir / "tokenizer", made_by, params)
+    say(
+        f"import_weights: tokenizer with {module.codebook_size} codes of {module.downsampling} x {module.downsampling} "
+        f"pixels, in {workdir / 'tokenizer'}"
     )
     if options.rearrange:
         rearrange_codebook.run(config, workdir)
     else:
-        import_permutation(config, workdir, tokenizer, permutation)
-    if options.transformer:
-        codebook = artifacts.require(workdir / "codebook", "rearrange_codebook")
-        converted_by = read_permutation(artifacts.Artifact(workdir / "codebook", codebook))
-        import_transformer(config, workdir, options.transformer, tokenizer, converted_by if options.rearrange else None)
+        save_permutation_artifact(workdir / "codebook", relevant(config, ("codebook",)), tokenizer, permutation)
+    if transformer:
+        save_transformer_artifact(config, workdir, *transformer, tokenizer, rearranged=options.rearrange)
 
 
-def import_tokenizer(
-    config: ConfigDict, workdir: epath.Path, path: str | None, reordered_path: str | None, mapping_path: str | None
-) -> tuple[artifacts.Metadata, Permutation]:
-    """Writes workdir/tokenizer, with the codebook in the original order; returns its metadata, and the mapping's
-    permutation (of ids as they are where there is no mapping).
+def read_tokenizer(
+    config: ConfigDict, path: str | None, reordered_path: str | None, mapping_path: str | None
+) -> tuple[VQModel, Any, Permutation]:
+    """A tokenizer with its codebook in the original order, and the mapping's permutation (of ids as they are where
+    there is no mapping).
 
     Raises:
         UserError: the mapping is not a permutation, or does not turn the one codebook into the other.
@@ -98,7 +108,6 @@ def import_tokenizer(
     if reordered_path and not mapping_path:
         raise UserError("--reordered_tokenizer needs --mapping, which says where its codes come from")
     module, params = llamagen.load_tokenizer(path or reordered_path or "")
-    section = tokenizer_section(config, module, path or reordered_path or "")
     codebook = params["quantizer"]["codebook"]
     params["quantizer"] = {"codebook": codebook}  # without the buffer that counts used codes
     size, *coarser = config.codebook.cluster_sizes
@@ -115,39 +124,104 @@ def import_tokenizer(
             params["quantizer"]["codebook"] = reordered[permutation.old_to_new]
         else:
             check_mapping(codebook, reordered, permutation, mapping_path)
+    return module, params, permutation
 
-    directory = workdir / "tokenizer"
-    made_by = RelevantConfig({"data": {"resolution": config.data.resolution}, "tokenizer": section})
+
+def read_transformer(config: ConfigDict, path: str, codebook_size: int) -> tuple[Generator, Any]:
+    """The generator in a file, which must be the config's, and its parameters. The number of classes is the file's."""
+    facts = Facts(codebook_size, 0, CodeLayout.square(grid_size(config)))
+    return READERS[config.model.kind](path, config.model, facts)
+
+
+def save_tokenizer_artifact(directory: epath.Path, made_by: RelevantConfig, params: Any) -> artifacts.Metadata:
+    """Writes a tokenizer; returns its metadata."""
     figures = {"codebook_fingerprint": artifacts.fingerprint_arrays(params["quantizer"]["codebook"])}
-    save_artifact(directory, "train_tokenizer", made_by, {}, params, figures, step=0)
-    tokenizer = artifacts.require(directory, "train_tokenizer")
-    say(
-        f"import_weights: tokenizer with {module.codebook_size} codes of {module.downsampling} x {module.downsampling} "
-        f"pixels, in {directory}"
-    )
-    return tokenizer, permutation
-
-
-def import_permutation(
-    config: ConfigDict, workdir: epath.Path, tokenizer: artifacts.Metadata, permutation: Permutation
-) -> None:
-    """Writes workdir/codebook."""
-    directory = workdir / "codebook"
-    artifacts.begin(
+    return save_artifact(
         directory,
-        "rearrange_codebook",
-        relevant(config, ("codebook",)),
-        {"tokenizer": tokenizer.fingerprint},
+        "train_tokenizer",
+        made_by,
+        {},
+        artifacts.fingerprint_arrays(params),
+        lambda: checkpoint.save_params(directory / "checkpoints", 0, params),
+        figures,
     )
+
+
+def save_permutation_artifact(
+    directory: epath.Path, made_by: RelevantConfig, tokenizer: artifacts.Metadata, permutation: Permutation
+) -> None:
+    """Writes a mapping as the codebook that rearrange_codebook would have left."""
     codebook_fingerprint = tokenizer.figures["codebook_fingerprint"]
-    with writing(directory / "permutation.npz") as local:
-        save_permutation(local, permutation, codebook_fingerprint)
+
+    def write() -> None:
+        with writing(directory / "permutation.npz") as local:
+            save_permutation(local, permutation, codebook_fingerprint)
+
     figures = {
         "codebook_fingerprint": codebook_fingerprint,
         "num_clusters": len(permutation.old_to_new) // permutation.cluster_size,
-        "imported": True,
     }
-    artifacts.finish(directory, permutation_fingerprint(permutation), figures)
+    inputs = {"tokenizer": tokenizer.fingerprint}
+    fingerprint = permutation_fingerprint(permutation)
+    save_artifact(directory, "rearrange_codebook", made_by, inputs, fingerprint, write, figures)
+
+
+def save_transformer_artifact(
+    config: ConfigDict,
+    workdir: epath.Path,
+    generator: Generator,
+    params: Any,
+    tokenizer: artifacts.Metadata,
+    rearranged: bool,
+) -> None:
+    """Writes a transformer; where its ids are the original ones (`rearranged`) it becomes one of rearranged ids."""
+    directory = workdir / "train"
+    codebook = artifacts.require(workdir / "codebook", "rearrange_codebook")
+    if rearranged:
+        permutation = read_permutation(artifacts.Artifact(workdir / "codebook", codebook))
+        params = generator.with_vocabulary(params, permutation.new_to_old)
+    figures = {
+        "facts": generator.facts.to_json(),
+        "step": 0,
+        "num_params": sum(leaf.size for leaf in jax.tree.leaves(params)),
+    }
+    save_artifact(
+        directory,
+        "train",
+        relevant(config, ("model",)),
+        {"tokenizer": tokenizer.fingerprint, "codebook": codebook.fingerprint},
+        artifacts.fingerprint_arrays(params),
+        lambda: checkpoint.save_params(directory / "checkpoints", 0, params),
+        figures,
+    )
+    say(f"import_weights: transformer with {figures['num_params']:,} parameters, in {directory}")
+
+
+def save_artifact(
+    directory: epath.Path,
+    stage: str,
+    made_by: RelevantConfig,
+    inputs: dict[str, str],
+    fingerprint: str,
+    write: Callable[[], None],
+    figures: dict[str, Any],
+) -> artifacts.Metadata:
+    """Writes the artifact that a stage of ours would have left; one with the same content stays as it is.
+
+    Raises:
+        UserError: another one is there, or one that a stage is making.
+    """
+    found = artifacts.finished(directory, made_by, inputs)
+    if found and found.fingerprint == fingerprint:
+        return found
+    check_free(directory)
+    with lock.hold(directory):
+        check_free(directory)  # as it is now that nobody else writes to it
+        artifacts.clear(directory)
+        artifacts.begin(directory, stage, made_by, inputs)
+        artifacts.note(directory, {"imported": True})
+        write()
+        return artifacts.finish(directory, fingerprint, figures | {"imported": True})
 
 
 def tokenizer_section(config: ConfigDict, module: VQModel, path: str) -> dict[str, Any]:
@@ -188,48 +262,14 @@ def check_mapping(codebook: np.ndarray, reordered: np.ndarray, permutation: Perm
         )
 
 
-def import_transformer(
-    config: ConfigDict,
-    workdir: epath.Path,
-    path: str,
-    tokenizer: artifacts.Metadata,
-    converted_by: Permutation | None,
-) -> None:
-    """Writes workdir/train; the model in the file must be the config's. A permutation converts it to rearranged ids."""
-    directory = workdir / "train"
-    layout = CodeLayout.square(grid_size(config))
-    # The number of classes is the file's.
-    facts = Facts(tokenizer.config["tokenizer"]["codebook_size"], 0, layout)
-    generator, params = READERS[config.model.kind](path, config.model, facts)
-    if converted_by:
-        params = generator.with_vocabulary(params, converted_by.new_to_old)
-    codebook = artifacts.require(workdir / "codebook", "rearrange_codebook")
-    inputs = {"tokenizer": tokenizer.fingerprint, "codebook": codebook.fingerprint}
-    figures = {
-        "facts": generator.facts.to_json(),
-        "step": 0,
-        "num_params": sum(leaf.size for leaf in jax.tree.leaves(params)),
-    }
-    save_artifact(directory, "train", relevant(config, ("model",)), inputs, params, figures, step=figures["step"])
-    say(f"import_weights: transformer with {figures['num_params']:,} parameters, in {directory}")
-
-
-def save_artifact(
-    directory: epath.Path,
-    stage: str,
-    config: RelevantConfig,
-    inputs: dict[str, str],
-    params: Any,
-    figures: dict[str, Any],
-    step: int,
-) -> None:
-    """Writes weights as the artifact that a stage of ours would have left."""
-    if artifacts.finished(directory, config, inputs):
-        raise UserError(f"{directory} is there already; give another --workdir, or move it away")
-    with lock.hold(directory):
-        artifacts.begin(directory, stage, config, inputs)
-        checkpoint.save_params(directory / "checkpoints", step, params)
-        artifacts.finish(directory, artifacts.fingerprint_arrays(params), figures | {"imported": True})
+def check_free(directory: epath.Path) -> None:
+    """Raises UserError where an artifact is there, or one with checkpoints is being made; what a killed import left is
+    nothing."""
+    begun = artifacts.read_metadata(directory)
+    if begun is None or (not begun.finished and begun.figures.get("imported")):
+        return
+    if begun.finished or (directory / "checkpoints").exists():
+        raise UserError(f"another {directory} is there already; give another --workdir, or move it away")
 
 
 def export_transformer(config: ConfigDict, workdir: epath.Path, path: str) -> None:

@@ -19,7 +19,8 @@ from ml_collections import ConfigDict
 from iar_jax.config import command_line
 from iar_jax.config.relevance import relevant
 from iar_jax.data import image_grids, preprocessing
-from iar_jax.data.array_parts import ArrayParts, RowReader, npy_bytes, read_array
+from iar_jax.data.array_files import RowReader, npy_bytes, read_array
+from iar_jax.data.array_parts import ArrayParts
 from iar_jax.data.codes import read_permutation
 from iar_jax.data.labels import PROTOCOLS
 from iar_jax.generators.generator import Loaded, load_generator, open_generator

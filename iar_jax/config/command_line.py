@@ -121,6 +121,7 @@ def _parse(argv: list[str], reads: Sequence[str], needs_config: Callable[[], boo
         except BrokenPipeError:  # `--help | head` has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    argv = with_equals_signs(argv)
     for argument in argv[1:]:
         option, _, value = argument.lstrip("-").partition("=")
         path = value.partition(":")[0]
@@ -138,6 +139,28 @@ def _parse(argv: list[str], reads: Sequence[str], needs_config: Callable[[], boo
     if len(rest) > 1:
         _fail(f"{rest[1]!r} is not an option; fields are set by --config.section.field=value", EXIT_USER_ERROR)
     return rest
+
+
+def with_equals_signs(argv: Sequence[str]) -> list[str]:
+    """The command line with `--name value` as `--name=value`, for all that takes a value: what follows looks at single
+    arguments."""
+    known = default_config()
+    names = field_names(known)
+    found, rest = list(argv[:1]), list(argv[1:])
+    while rest:
+        argument = rest.pop(0)
+        option = argument.lstrip("-")
+        if option.startswith("config."):
+            value: Any = known
+            for part in option.split(".")[1:] if option in names else ():
+                value = value[part]
+            takes_value = not isinstance(value, bool)
+        else:
+            takes_value = option in flags.FLAGS and not flags.FLAGS[option].boolean
+        if argument.startswith("-") and takes_value and rest and not rest[0].startswith("--"):
+            argument = f"{argument}={rest.pop(0)}"
+        found.append(argument)
+    return found
 
 
 def last_overrides(argv: list[str]) -> list[str]:

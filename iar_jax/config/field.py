@@ -6,6 +6,9 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+# Of counts: devices have them as int32.
+MOST = 2**31 - 1
+
 
 @runtime_checkable
 class Allowed(Protocol):
@@ -16,16 +19,18 @@ class Allowed(Protocol):
 
 
 class Integers(NamedTuple):
-    """Integers from a smallest one on, and some besides."""
+    """Integers from a smallest to a largest one, and some besides."""
 
     smallest: int = 1
     also: tuple[int, ...] = ()
+    largest: int = MOST
 
     def admits(self, value: int) -> bool:
-        return value >= self.smallest or value in self.also
+        return self.smallest <= value <= self.largest or value in self.also
 
     def __str__(self) -> str:
-        return "".join(f"{value}, and " for value in self.also) + f"integers from {self.smallest} on"
+        end = " on (below 2^31)" if self.largest == MOST else f" to {self.largest}"
+        return "".join(f"{value}, and " for value in self.also) + f"integers from {self.smallest}{end}"
 
 
 class Numbers(NamedTuple):

@@ -23,6 +23,8 @@ from iar_jax.config.field import (
 
 DTYPES = Choices(also=("float32", "bfloat16"))
 COUNT, COUNT_OR_NONE = Integers(1), Integers(0)
+# JAX takes the lower 32 bits of a seed and no others.
+SEED = Integers(0, largest=2**32 - 1)
 WEIGHT = Numbers()
 DEVICES = Integers(1, also=(-1,))
 
@@ -87,7 +89,7 @@ def logging(*best: str) -> dict[str, Field]:
 
 
 SECTIONS: dict[str, Any] = {
-    "seed": Field(0, "Of everything that is drawn at random, but for sampling.", COUNT_OR_NONE),
+    "seed": Field(0, "Of everything that is drawn at random, but for sampling.", SEED),
     "inputs": {
         name: Field("", f"{what} of another workdir, in the place of this one's own: a directory.", Texts())
         for name, what in (
@@ -342,7 +344,7 @@ SECTIONS: dict[str, Any] = {
         "top_p": Field(
             1.0, "Draw among the most probable codes that add up to this probability.", Numbers(0.0, 1.0, False, True)
         ),
-        "seed": Field(0, "Image i depends on it and i alone.", COUNT_OR_NONE),
+        "seed": Field(0, "Image i depends on it and i alone.", SEED),
         "image_size": Field(
             0,
             "Side of the images that are kept, reduced by LlamaGen's bicubic filter; 0 is as decoded.",

@@ -1,22 +1,17 @@
 """A long array that is made piece by piece: parts on disk, joined into one .npz at the end, never all in memory."""
 
-import contextlib
 import hashlib
-import io
 import itertools
 import time
 import zipfile
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 from etils import epath
 
+from iar_jax.data.array_files import DATE, npy_bytes
 from iar_jax.runtime import artifacts, files
-from iar_jax.runtime.errors import UserError, brief
-
-# Of all archives: the same rows are the same file.
-DATE = (1980, 1, 1, 0, 0, 0)
+from iar_jax.runtime.errors import UserError
 
 
 class ArrayParts:
@@ -137,103 +132,3 @@ def digest_of(rows: np.ndarray) -> bytes:
     digest = hashlib.sha256(f"{rows.shape} {rows.dtype}".encode())
     digest.update(np.ascontiguousarray(rows).data)
     return digest.digest()
-
-
-def array_names(path: epath.Path) -> set[str]:
-    """Names of the arrays of a .npz file; raises UserError where it is none."""
-    with refused(path, ""), path.open("rb") as file, zipfile.ZipFile(file) as archive:
-        return {name.removesuffix(".npy") for name in archive.namelist()}
-
-
-def write_npz(path: epath.Path, arrays: dict[str, np.ndarray]) -> None:
-    """Writes arrays by name, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with files.writing(path) as local, zipfile.ZipFile(local, "w") as archive:
-        for name, array in arrays.items():
-            archive.writestr(zipfile.ZipInfo(f"{name}.npy", DATE), npy_bytes(array))
-
-
-def npy_bytes(array: np.ndarray) -> bytes:
-    """An array as np.save writes it."""
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    return buffer.getvalue()
-
-
-class RowReader:
-    """The rows of an array in a .npz or .npy file, in order, a few at a time: the file is never whole in memory.
-
-    Attributes:
-        shape, dtype: of the whole array.
-
-    Raises:
-        UserError: not there, damaged, no such array, or one that holds Python objects.
-    """
-
-    def __init__(self, path: epath.Path, name: str = "arr_0"):
-        self.path, self.name = path, name
-        with refused(path, name), self._open() as file:
-            self.shape, self.dtype = self._header(file)
-
-    def batches(self, size: int, first: int = 0) -> Iterator[np.ndarray]:
-        """Rows first, first + 1, ... in arrays of `size`; the last one may be shorter."""
-        row_bytes = int(np.prod(self.shape[1:])) * self.dtype.itemsize
-        with refused(self.path, self.name), self._open() as file:
-            self._header(file)
-            skip(file, first * row_bytes)
-            for start in range(first, self.shape[0], size):
-                count = min(size, self.shape[0] - start)
-                content = file.read(count * row_bytes)
-                if len(content) != count * row_bytes:
-                    raise ValueError(f"it ends in row {start + len(content) // row_bytes} of {self.shape[0]}")
-                yield np.frombuffer(content, self.dtype).reshape(count, *self.shape[1:])
-
-    @contextlib.contextmanager
-    def _open(self) -> Iterator[Any]:
-        if self.path.suffix == ".npy":
-            with self.path.open("rb") as file:
-                yield file
-            return
-        with self.path.open("rb") as file, zipfile.ZipFile(file) as archive, archive.open(f"{self.name}.npy") as member:
-            yield member
-
-    def _header(self, file: Any) -> tuple[tuple[int, ...], np.dtype]:
-        version = np.lib.format.read_magic(file)
-        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-        shape, fortran_order, dtype = read(file)
-        if dtype.hasobject or fortran_order:
-            raise ValueError("it holds Python objects, or is not in C order")
-        return shape, dtype
-
-
-def skip(file: Any, num_bytes: int) -> None:
-    """Reads on; a member of an archive may be compressed, where there is no other way."""
-    while num_bytes > 0:
-        read = len(file.read(min(num_bytes, 1 << 24)))
-        if not read:
-            raise ValueError("it is shorter than its header says")
-        num_bytes -= read
-
-
-@contextlib.contextmanager
-def refused(path: epath.Path, name: str) -> Iterator[None]:
-    """Turns what a missing or damaged file raises into a UserError."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is not there") from error
-    except KeyError as error:
-        raise UserError(f"{path} has no array {name!r}") from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read as arrays ({brief(error)})") from error
-
-
-def read_array(path: epath.Path, name: str = "arr_0") -> np.ndarray:
-    """An array of a .npz file (by its name) or of a .npy file.
-
-    Raises:
-        UserError: not there, damaged, or one that holds Python objects, which are never loaded.
-    """
-    with refused(path, name), path.open("rb") as file:
-        found = np.load(file, allow_pickle=False)
-        return found[name] if isinstance(found, np.lib.npyio.NpzFile) else found

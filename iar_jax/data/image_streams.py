@@ -10,7 +10,7 @@ from etils import epath
 
 from iar_jax.data.folder_images import passed_over
 from iar_jax.data.image_source import ImageSource
-from iar_jax.data.pictures import SUFFIXES, Unreadable, read_image
+from iar_jax.data.pictures import SUFFIXES, Unreadable, is_lossy, read_image
 from iar_jax.runtime.artifacts import sha256_of
 from iar_jax.runtime.errors import UserError
 
@@ -50,9 +50,6 @@ class MappedStream:
 class FolderStream:
     """The pictures in a folder, in the order of their names; all of one size.
 
-    Attributes:
-        lossy: whether a file is a JPEG, which changes features.
-
     Raises:
         UserError: no such folder, no picture in it, one that cannot be read, or one of another size than the first.
     """
@@ -65,7 +62,6 @@ class FolderStream:
         if not self.paths:
             raise UserError(f"{directory}: no picture in it ({', '.join(SUFFIXES)})")
         self.shape = (len(self.paths), *self.pixels(0).shape)
-        self.lossy = any(path.suffix.lower() in (".jpg", ".jpeg") for path in self.paths)
 
     def batches(self, size: int, first: int = 0) -> Iterator[np.ndarray]:
         def same_size(index):
@@ -84,6 +80,10 @@ class FolderStream:
             return np.asarray(read_image(str(self.paths[index])))
         except Unreadable as error:
             raise UserError(f"{self.paths[index]} cannot be read ({error})") from error
+
+    def lossy(self) -> bool:
+        """Whether a file is stored with losses, which change features: by content, whatever its name."""
+        return any(is_lossy(path) for path in self.paths)
 
     def sha256(self) -> str:
         """Of names and contents."""

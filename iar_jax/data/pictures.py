@@ -9,6 +9,7 @@ import os
 import warnings
 from pathlib import Path
 
+from etils import epath
 from PIL import Image
 
 from iar_jax.data.preprocessing import middle, to_rgb
@@ -37,6 +38,16 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
     except OSError as error:
         raise Unreadable(error.strerror or str(error)) from error
     return decoded(content, upright=True)
+
+
+def is_lossy(path: os.PathLike[str]) -> bool:
+    """Whether a file is a JPEG, or a WebP that was not stored without losses."""
+    with epath.Path(path).open("rb") as file:
+        head = file.read(1 << 16)
+    if head.startswith(b"\xff\xd8"):
+        return True
+    # A lossless WebP has its pixels in a chunk VP8L, a lossy one in a chunk VP8 with a space.
+    return head[:4] == b"RIFF" and head[8:12] == b"WEBP" and b"VP8L" not in head
 
 
 def decoded(content: bytes, upright: bool = False) -> Image.Image:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from iar_jax.data.image_source import Opened, Unreadables, centred
 from iar_jax.data.imagenet import check_class_order
-from iar_jax.runtime.errors import UserError
+from iar_jax.runtime.errors import UserError, brief
 from iar_jax.runtime.progress import progress
 from iar_jax.runtime.section import Section
 
@@ -47,15 +47,25 @@ class TfdsSource:
 
     def content(self, index: int) -> tuple[bytes, int, str]:
         """The encoded picture of a record, its label, and where it lies."""
-        record = self.records[index]
-        return record["image"], int(record["label"]), f"{self.name}: record {index}"
+        image, label = self.parsed(index)
+        return image, label, f"{self.name}: record {index}"
+
+    def parsed(self, index: int) -> tuple[bytes, int]:
+        """The encoded picture of a record, and its label; raises UserError where the record is damaged."""
+        try:
+            record = self.records[index]
+            return bytes(record["image"]), int(record["label"])
+        except Exception as error:  # parsers of records raise many kinds
+            raise UserError(
+                f"{self.name}: record {index} cannot be read ({brief(error)}); prepare the set again"
+            ) from error
 
     @functools.cached_property
     def labels(self) -> np.ndarray:
         found = np.zeros(len(self), np.int32)
         with progress(f"labels of {self.name}", len(self), "records") as shown:
             for i in range(len(self)):
-                found[i] = self.records[i]["label"]
+                found[i] = self.parsed(i)[1]
                 shown.update()
         return found
 
@@ -147,7 +157,12 @@ class TfdsSplits:
                 paths = [str(path) for path in info.filepaths]
                 records: Any = ParsedRecords(TfRecordFiles(paths), features, decoders)
             else:
-                records = builder.as_data_source(split, decoders=decoders)
+                try:
+                    records = builder.as_data_source(split, decoders=decoders)
+                except Exception as error:  # of many kinds, for files that are damaged
+                    raise UserError(
+                        f"the files of tfds:{name} {split} cannot be read ({brief(error)}); prepare the set again"
+                    ) from error
             self.sources[split] = TfdsSource(f"tfds:{name} {split}", records, first_id, resolution, unreadables)
             first_id += len(records)
             digest.update(f" {split} {info.shard_lengths} {info.num_bytes}".encode())

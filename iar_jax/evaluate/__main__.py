@@ -13,10 +13,10 @@ its clusters are needed. `reconstruction` measures the tokenizer alone: PSNR, SS
     python -m iar_jax.evaluate --config=configs/mnist.py --workdir=runs/mnist --sweep=cfg_scale=1:2:0.25
     python -m iar_jax.evaluate --config=configs/mnist.py --workdir=runs/mnist --watch
 
-These score images (a .npz file, or a folder of pictures of one size) by the protocol of the ADM suite, and make a
-reference of some, or of a data set. A sweep samples and scores at each value, a watch at each checkpoint of a training
-that goes on elsewhere, with or without --reference. Inception weights are taken from --inception_weights, the config or
-the cache directory, or fetched. What is kept is in SAMPLES.evaluation/, or --output.
+These score images (a .npz or .npy file, or a folder of pictures of one size) by the protocol of the ADM suite, and
+make a reference of some, or of a data set. A sweep samples and scores at each value, a watch at each checkpoint of a
+training that goes on elsewhere, with or without --reference. Inception weights are taken from --inception_weights, the
+config or the cache directory, or fetched. What is kept is in SAMPLES.evaluation/, or --output.
 
 `config.evaluation.features=classifier` needs no weights from elsewhere: a small network is trained on the real
 images first, and its last hidden layer is what distances are taken in. Such figures compare runs on one data set
@@ -85,7 +85,7 @@ def run_on_files(path: epath.Path) -> None:
     if target:
         files.make_reference(path_of(target), images, options.split, network, output, options.batch_size)
         return
-    reference = adm_suite.load_reference(path_of(options.reference), network, output, options.batch_size)
+    reference = files.load_reference(path_of(options.reference), network, output, options.batch_size, options.split)
     content = files.score(images, reference, network, output, output, options.batch_size)
     if options.self_check:
         say("\nADM-G + ADM-U against VIRTUAL_imagenet256_labeled.npz, here and as published")
@@ -103,7 +103,7 @@ def score(config: ConfigDict, workdir: epath.Path) -> dict[str, float | None]:
     name = samples_name(config.sampling, transformer.figures["step"])
     artifacts.require(workdir / "samples" / name, "sample")
     network, kept = files.inception_network(weights_of(config)), workdir / "evaluation" / "features"
-    reference = adm_suite.load_reference(path_of(options.reference), network, kept, options.batch_size)
+    reference = files.load_reference(path_of(options.reference), network, kept, options.batch_size, options.split)
     images = files.open_set(workdir / "samples" / name / "samples.npz", "samples")
     output = workdir / "evaluation" / f"{name}-inception"
     return files.score(images, reference, network, output, kept, options.batch_size)["scores"]
@@ -141,11 +141,13 @@ def path_of(text: str) -> epath.Path:
 if __name__ == "__main__":
     flags.DEFINE_enum("what", "scores", tuple(MEASURES), "What is measured.")
     flags.DEFINE_string(
-        "samples", None, "Images to score: a .npz with arr_0, uint8 [N, H, W, 3], or a folder of pictures."
+        "samples", None, "Images to score: a .npz with arr_0, or a .npy, uint8 [N, H, W, 3], or a folder of pictures."
     )
     flags.DEFINE_enum("kind", "samples", ("samples", "reconstructions"), "What --samples are.")
     flags.DEFINE_string(
-        "reference", None, "What to compare with: a .npz with mu, sigma, mu_s, sigma_s, or arr_0, or all."
+        "reference",
+        None,
+        "What to compare with: a .npz with mu, sigma, mu_s, sigma_s, or arr_0, or all; or a folder.",
     )
     flags.DEFINE_string("make-reference", None, "Where to write a reference made of --samples, or of the data set.")
     flags.DEFINE_enum("split", None, ("train", "val"), "The split that a reference is made of.")

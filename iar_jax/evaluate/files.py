@@ -2,9 +2,10 @@
 
 from typing import Any
 
+import numpy as np
 from etils import epath
 
-from iar_jax.data.array_parts import read_array
+from iar_jax.data.array_files import read_array
 from iar_jax.data.image_streams import FolderStream
 from iar_jax.interop import downloads, inception
 from iar_jax.metrics import adm_suite
@@ -32,12 +33,45 @@ def open_set(path: epath.Path, kind: str) -> ImageSet:
     """
     if path.is_dir():
         found = FolderStream(path)
-        return ImageSet(found, path.name, found.sha256(), kind, lossy=found.lossy)
-    rows, labels_path = adm_suite.open_images(path), path.parent / "labels.npy"
+        adm_suite.check_count(path, found.shape[0])
+        images = ImageSet(found, path.name, found.sha256(), kind, lossy=found.lossy())
+    else:
+        images = ImageSet(adm_suite.open_images(path), path.name, artifacts.sha256_of(path), kind, labels_beside(path))
+        if images.labels is not None and images.labels.shape != images.rows.shape[:1]:
+            images = images._replace(labels=None)  # of another file
+    if adm_suite.seems_unscaled(images.rows):
+        say(f"WARNING: {path}: {adm_suite.UNSCALED}")
+        images = images._replace(unscaled=True)
+    return images
+
+
+def labels_beside(path: epath.Path) -> np.ndarray | None:
+    """labels.npy beside a file of images, where it holds numbers of classes."""
+    labels_path = path.parent / "labels.npy"
     labels = read_array(labels_path) if labels_path.exists() else None
-    if labels is not None and labels.shape != rows.shape[:1]:
-        labels = None  # of another file
-    return ImageSet(rows, path.name, artifacts.sha256_of(path), kind, labels)
+    whole = labels is not None and labels.dtype.kind in "iu" and labels.size and labels.min() >= 0
+    return labels if whole else None
+
+
+def load_reference(
+    path: epath.Path, network: Network, kept: epath.Path, batch_size: int, split: str | None = None
+) -> Reference:
+    """What others are compared with: a file of statistics or images, or a folder of pictures.
+
+    Args:
+        split: of a folder's pictures, where that is known.
+
+    Raises:
+        UserError: see `adm_suite.load_reference` and `open_set`.
+    """
+    if path.is_dir():
+        return adm_suite.reference_of(open_set(path, "real"), split, network, kept, batch_size)
+    return adm_suite.load_reference(path, network, kept, batch_size)
+
+
+def sha256_of_reference(path: epath.Path) -> str:
+    """Of a file, or of the names and contents of a folder's pictures."""
+    return FolderStream(path).sha256() if path.is_dir() else artifacts.sha256_of(path)
 
 
 def score(

@@ -78,7 +78,7 @@ def run(
         say("\nrFID and others, of the reconstructions against the val images themselves")
         reference = adm_suite.reference_of(originals, "val", network, kept, batch_size)
     else:
-        reference = adm_suite.load_reference(reference_path, network, kept, batch_size)
+        reference = files.load_reference(reference_path, network, kept, batch_size)
     files.score(reconstructions, reference, network, directory, kept, batch_size)
 
 

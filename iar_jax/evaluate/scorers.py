@@ -64,7 +64,7 @@ def inception_scores(
             train = ImageSet(SourceStream(images.train), f"{images.name} train", f"{images.fingerprint} train", "real")
             if not distributed.from_first(path.exists()):
                 adm_suite.make_reference(path, train, "train", network, kept, batch_size)
-        reference = adm_suite.load_reference(path, network, kept, batch_size)
+        reference = files.load_reference(path, network, kept, batch_size)
         scores = {}
         for title, images_of_set in sets.items():
             found = adm_suite.features_of(images_of_set, network, kept, batch_size)
@@ -115,7 +115,7 @@ def inception_meaning(content: dict[str, Any]) -> str:
 
 def given_reference(section: Section) -> dict[str, str]:
     """The fingerprint of config.evaluation.reference, where it is set."""
-    return {"reference": artifacts.sha256_of(reference_file(section))} if section["reference"] else {}
+    return {"reference": files.sha256_of_reference(reference_file(section))} if section["reference"] else {}
 
 
 def given_weights(section: Section) -> dict[str, str]:

@@ -16,7 +16,7 @@ from iar_jax.codebook.permutation import Permutation
 from iar_jax.config import command_line
 from iar_jax.config.relevance import relevant
 from iar_jax.data import image_grids
-from iar_jax.data.array_parts import read_array
+from iar_jax.data.array_files import read_array
 from iar_jax.data.codes import code_usage, read_permutation
 from iar_jax.data.images import ImageDataset, open_images
 from iar_jax.evaluate import reconstruction

@@ -1,17 +1,20 @@
 """Public weight files: where they may lie, and how to get them once."""
 
 import hashlib
+import http.client
 import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
-from iar_jax.runtime.errors import UserError
+from iar_jax.interop.torch_files import kind_of
+from iar_jax.runtime.errors import UserError, brief
 from iar_jax.runtime.files import cache_directory, writing
 from iar_jax.runtime.progress import say
 
 
 class PublicFile(NamedTuple):
-    """A file by its name, its address, and the beginning of its SHA-256 ("" where none is published)."""
+    """A file by its name, its address, and as much of its SHA-256 as is published: eight digits in its name, or none
+    ("")."""
 
     name: str
     address: str
@@ -67,7 +70,8 @@ def here(files: tuple[PublicFile, ...]) -> Path | None:
 
 
 def fetch(files: tuple[PublicFile, ...], what: str) -> Path:
-    """Fetches the first of some files that can be had into the cache directory, whole or not at all."""
+    """Fetches the first of some files that can be had into the cache directory, whole or not at all: of the length that
+    the server names, of the published SHA-256, and no web page or text."""
     reasons = []
     for file in files:
         path = cache_directory() / file.name
@@ -78,8 +82,12 @@ def fetch(files: tuple[PublicFile, ...], what: str) -> Path:
                 digest = download(file.address, local)
                 if not digest.startswith(file.sha256):
                     raise OSError(f"its SHA-256 begins {digest[:8]}, not {file.sha256}")
-        except OSError as error:
-            reasons.append(f"{file.address}: {getattr(error, 'reason', error)}")
+                kind_of(local)
+        except UserError as error:
+            reasons.append(f"{file.address}: {str(error).replace(f'{path}.partial', 'what came')}")
+            continue
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            reasons.append(f"{file.address}: {brief(getattr(error, 'reason', None) or error)}")
             continue
         return Path(path)
     raise UserError(
@@ -90,10 +98,19 @@ def fetch(files: tuple[PublicFile, ...], what: str) -> Path:
 
 
 def download(address: str, path: Path) -> str:
-    """Writes what lies at an address to a local file; returns its SHA-256."""
-    digest = hashlib.sha256()
+    """Writes what lies at an address to a local file; returns its SHA-256.
+
+    Raises:
+        OSError, http.client.HTTPException, ValueError: it cannot be had, or what came has another length than the
+            server said.
+    """
+    digest, received = hashlib.sha256(), 0
     with urllib.request.urlopen(address, timeout=30) as response, path.open("wb") as target:
+        promised = response.headers.get("Content-Length")
         while block := response.read(1 << 20):
             target.write(block)
             digest.update(block)
+            received += len(block)
+    if promised is not None and received != int(promised):
+        raise OSError(f"{received:,} of {int(promised):,} bytes came; the connection broke off")
     return digest.hexdigest()

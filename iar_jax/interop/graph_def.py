@@ -11,7 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from iar_jax.runtime.errors import UserError
+from iar_jax.runtime.errors import UserError, brief
+from iar_jax.runtime.files import leftover
+
+# A protocol buffer cannot be larger.
+MOST_BYTES = 1 << 31
 
 VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5
 FLOAT = 1  # of the DataType enumeration
@@ -26,15 +30,20 @@ def read_constants(path: str | Path) -> dict[str, np.ndarray]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
+    if path.stat().st_size > MOST_BYTES:
+        raise UserError(f"{path} is not a TensorFlow graph: it is larger than {MOST_BYTES:,} bytes")
+    content = path.read_bytes()
+    if problem := leftover(content[:512]):
+        raise UserError(f"{path} is not a TensorFlow graph: it {problem}")
     constants = {}
     try:
-        for number, node in fields(memoryview(path.read_bytes())):
+        for number, node in fields(memoryview(content)):
             if number == 1:
                 name, value = constant(node)
                 if value is not None:
                     constants[name] = value
-    except (ValueError, IndexError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a TensorFlow graph, or is damaged ({error})") from error
+    except Exception as error:  # whatever odd numbers in it make numpy and Python raise
+        raise UserError(f"{path} is not a TensorFlow graph, or is damaged ({brief(error)})") from error
     return constants
 
 
@@ -106,6 +115,5 @@ def tensor(message) -> np.ndarray | None:
     if dtype != FLOAT:
         return None
     flat = np.frombuffer(content if content is not None else b"".join(values), "<f4")
-    if flat.size == 1:
-        return np.full(shape, flat[0])
-    return flat.reshape(shape)
+    # One number stands for a whole tensor, of any size that the file says: a view of it takes no memory.
+    return np.broadcast_to(flat[0], shape) if flat.size == 1 else flat.reshape(shape)

@@ -19,7 +19,7 @@ import numpy as np
 from etils import epath
 
 from iar_jax.runtime.errors import UserError, brief
-from iar_jax.runtime.files import writing
+from iar_jax.runtime.files import leftover, writing
 
 # Names of PyTorch's storage classes, and of dtypes, to numpy.
 STORAGE_DTYPES = {
@@ -74,23 +74,15 @@ def kind_of(path: Path) -> str:
     """
     with path.open("rb") as file:
         head = file.read(512)
-    size, text = path.stat().st_size, head.lstrip().lower()
-    if not head:
-        raise UserError(f"{path} is empty; download it again")
-    if head.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path} is a Git LFS pointer and not the file that it stands for: run git lfs pull there")
-    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<body")):
-        raise UserError(f"{path} is a web page (of an error, or of a login) and not weights; download the file itself")
-    if head.startswith(b"\x1f\x8b"):
-        raise UserError(f"{path} is compressed with gzip; unpack it first (gunzip, or tar xzf)")
+    size = path.stat().st_size
     if len(head) > 8 and int.from_bytes(head[:8], "little") <= size - 8 and head[8:].lstrip().startswith(b"{"):
         return "safetensors"
+    if problem := leftover(head):
+        raise UserError(f"{path} holds no weights: it {problem}")
     if zipfile.is_zipfile(path):
         return "zip"
     if head.startswith(b"PK"):
         raise UserError(f"{path} is a zip file that was cut short ({size:,} bytes); download it again")
-    if all(byte in b"\t\r\n" or 32 <= byte < 127 for byte in head):
-        raise UserError(f"{path} is a text and not weights; it begins: {' '.join(head.decode().split())[:80]}")
     return "legacy"
 
 

@@ -8,12 +8,14 @@ against all samples. A reference file has `mu`, `sigma`, `mu_s`, `sigma_s` and s
 
 import hashlib
 import json
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
-from iar_jax.data.array_parts import ArrayParts, RowReader, array_names, read_array, write_npz
+from iar_jax.data.array_files import RowReader, array_names, read_array, write_npz
+from iar_jax.data.array_parts import ArrayParts
 from iar_jax.data.image_streams import ImageStream
 from iar_jax.metrics.features import inception_features
 from iar_jax.metrics.frechet import FeatureStatistics, RunningStatistics, frechet_distance
@@ -23,7 +25,7 @@ from iar_jax.metrics.precision_recall import precision_recall
 from iar_jax.models.inception import InceptionV3
 from iar_jax.runtime import distributed
 from iar_jax.runtime.artifacts import sha256_of
-from iar_jax.runtime.errors import UserError
+from iar_jax.runtime.errors import UserError, brief
 from iar_jax.runtime.interruption import catch_stop_signals
 from iar_jax.runtime.progress import progress
 
@@ -35,6 +37,7 @@ POOL, SPATIAL, LOGITS = "pool", "spatial", "logits"
 DIMENSIONS = {POOL: 2048, SPATIAL: 2023, LOGITS: 1008}
 # Images whose features are kept together: what a killed evaluation loses at most.
 PART = 1000
+MOST_PART_BYTES = 1 << 28
 
 # ADM-G and ADM-U samples against VIRTUAL_imagenet256_labeled.npz, as guided-diffusion's README has them; and how far a
 # faithful evaluation may be off: FID by the resize and rounding of another backend, the others by float16 distances.
@@ -57,6 +60,9 @@ UNUSUAL = {
 }
 
 
+UNSCALED = "all pixels are 0 or 1, as of images in [0, 1] that were made uint8 as they are; save np.round(255 * images)"
+
+
 class Network(NamedTuple):
     """The feature network, and what its weights are."""
 
@@ -74,7 +80,8 @@ class ImageSet(NamedTuple):
         name, sha256: for people, and so that features of others are not taken for theirs.
         kind: "samples" of a model, "reconstructions" of a tokenizer, or "real" images.
         labels: int [N] in the order of the images, where known.
-        lossy: some were stored as JPEG.
+        lossy: some were stored as JPEG or lossy WebP.
+        unscaled: see `seems_unscaled`.
     """
 
     rows: ImageStream
@@ -83,6 +90,7 @@ class ImageSet(NamedTuple):
     kind: str = "samples"
     labels: np.ndarray | None = None
     lossy: bool = False
+    unscaled: bool = False
 
 
 class Features(NamedTuple):
@@ -96,11 +104,11 @@ class Features(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """Statistics to compare with, and features of some of the images that they are of (None where there are none)."""
+    """Statistics to compare with, and features of some of the images that they are of; None where there are none."""
 
     about: dict[str, Any]
     pool_statistics: FeatureStatistics
-    spatial_statistics: FeatureStatistics
+    spatial_statistics: FeatureStatistics | None
     pool: np.ndarray | None
 
 
@@ -108,10 +116,29 @@ def open_images(path: epath.Path) -> RowReader:
     """A file of images; refuses what is not uint8 [N, H, W, 3]."""
     reader = RowReader(path)
     if len(reader.shape) != 4 or reader.shape[3] != 3 or reader.dtype != np.uint8:
-        raise UserError(f"{path}: arr_0 is {reader.dtype} {list(reader.shape)}; images are uint8 [N, H, W, 3]")
-    if reader.shape[0] < 2:
-        raise UserError(f"{path}: {reader.shape[0]} images; two are the least that have statistics")
+        floats = reader.dtype.kind == "f" and reader.shape[3:] == (3,)
+        advice = " (of numbers in [0, 1]: np.round(255 * images).astype(np.uint8))" if floats else ""
+        raise UserError(f"{path}: arr_0 is {reader.dtype} {list(reader.shape)}; images are uint8 [N, H, W, 3]{advice}")
+    check_count(path, reader.shape[0])
+    if not 0 < math.prod(reader.shape[1:]) <= MOST_PART_BYTES:
+        raise UserError(f"{path}: images of {reader.shape[2]} x {reader.shape[1]} pixels are not scored")
     return reader
+
+
+def check_count(path: epath.Path, count: int) -> None:
+    """Raises UserError where a set has too few images for statistics."""
+    if count < 2:
+        raise UserError(f"{path}: {count} image{'' if count == 1 else 's'}; two are the least that have statistics")
+
+
+def rows_of_a_part(images: ImageStream) -> int:
+    """Images that are in memory together, with features that are kept together."""
+    return max(1, min(PART, MOST_PART_BYTES // math.prod(images.shape[1:])))
+
+
+def seems_unscaled(images: ImageStream) -> bool:
+    """Whether the first images have no pixel above 1: images in [0, 1] that became uint8 without a factor of 255."""
+    return bool(next(images.batches(rows_of_a_part(images))).max() <= 1)
 
 
 def features_of(images: ImageSet, network: Network, directory: epath.Path, batch_size: int) -> Features:
@@ -126,7 +153,7 @@ def features_of(images: ImageSet, network: Network, directory: epath.Path, batch
     parts = {name: ArrayParts(kept / name) for name in DIMENSIONS} if distributed.is_first() else {}
     first = distributed.from_first(min((part.done for part in parts.values()), default=0))
     with catch_stop_signals() as stop, progress(f"features of {images.name}", count, "images", first=first) as shown:
-        for batch in images.rows.batches(PART, first):
+        for batch in images.rows.batches(rows_of_a_part(images.rows), first):
             found = inception_features(network.module, network.params, batch, batch_size)
             for name, part in parts.items():
                 if part.done == first:  # not kept yet when the run before was killed
@@ -179,12 +206,23 @@ def reference_of(
 
 
 def load_reference(path: epath.Path, network: Network, directory: epath.Path, batch_size: int) -> Reference:
-    """A reference file: statistics, images, or both; statistics that it does not have are made from its images.
+    """A reference file: statistics, images, or both; statistics that it does not have are made from its images. What is
+    in it is looked at before the network runs.
 
     Raises:
-        UserError: it has neither, or was made with other weights.
+        UserError: it has neither, they are not what they should be, or it was made with other weights.
     """
-    names, statistics = array_names(path), {"mu", "sigma", "mu_s", "sigma_s"}
+    names = array_names(path)
+    pairs = {POOL: ("mu", "sigma"), SPATIAL: ("mu_s", "sigma_s")}
+    statistics = {
+        name: read_statistics(path, pair, DIMENSIONS[name]) for name, pair in pairs.items() if names.issuperset(pair)
+    }
+    if POOL not in statistics and "arr_0" not in names:
+        there = ", ".join(sorted(names)[:10]) or "nothing"
+        raise UserError(
+            f"{path} has {there}; a reference has mu and sigma (for FID), mu_s and sigma_s (for sFID), or images in "
+            "arr_0, or all"
+        )
     sha256 = sha256_of(path)
     about: dict[str, Any] = {
         "name": path.name,
@@ -194,42 +232,57 @@ def load_reference(path: epath.Path, network: Network, directory: epath.Path, ba
         "statistics_of": None,
     }
     if "about" in names:
-        about |= json.loads(str(read_array(path, "about")))
+        about |= read_about(path, network)
+    about["spatial"] = SPATIAL in statistics or POOL not in statistics
+    if "arr_0" not in names:
+        return Reference(about, statistics[POOL], statistics.get(SPATIAL), None)
+    images = ImageSet(open_images(path), path.name, sha256)
+    if POOL in names and POOL in statistics:
+        pool = read_array(path, POOL)
+        if pool.ndim != 2 or pool.shape[1] != DIMENSIONS[POOL] or not np.isfinite(pool).all():
+            raise UserError(f"{path}: {POOL} has shape {pool.shape}; it is [N, {DIMENSIONS[POOL]}], of finite numbers")
+        about |= {"images": len(pool), "resolution": list(images.rows.shape[1:3])}
+        return Reference(about, statistics[POOL], statistics.get(SPATIAL), pool)
+    found = reference_of(images, about["split"], network, directory, batch_size)
+    if POOL not in statistics:
+        return found
+    about |= {name: found.about[name] for name in ("images", "resolution")}
+    return Reference(about, statistics[POOL], statistics.get(SPATIAL), found.pool)
+
+
+def read_statistics(path: epath.Path, names: tuple[str, str], dimension: int) -> FeatureStatistics:
+    """Mean and covariance of a reference file; raises UserError where they are not of features of this dimension."""
+    shapes = ((dimension,), (dimension, dimension))
+    found = [read_array(path, name) for name in names]
+    for name, array, shape in zip(names, found, shapes, strict=True):
+        if array.shape != shape or array.dtype.kind not in "fiu":
+            raise UserError(f"{path}: {name} is {array.dtype} {list(array.shape)}; it should be float {list(shape)}")
+        if not np.isfinite(array).all():
+            raise UserError(f"{path}: {name} has entries that are not finite")
+    return FeatureStatistics(*(np.asarray(array, np.float64) for array in found))
+
+
+def read_about(path: epath.Path, network: Network) -> dict[str, Any]:
+    """What a reference of ours was made from; raises UserError where that were other weights."""
+    try:
+        about = json.loads(str(read_array(path, "about")))
         weights = about.get("weights_sha256")
-        if weights and weights != network.sha256:
-            raise UserError(
-                f"{path} was made with the weights {weights[:12]}, and these are {network.sha256[:12]}: distances "
-                "between the two mean nothing"
-            )
-    pool = None
-    if "arr_0" in names:
-        images = ImageSet(open_images(path), path.name, sha256)
-        if POOL in names:
-            pool = read_array(path, POOL)
-            about |= {"images": len(pool), "resolution": list(images.rows.shape[1:3])}
-        else:
-            found = reference_of(images, about["split"], network, directory, batch_size)
-            if not statistics <= names:
-                return found
-            pool = found.pool
-            about |= {name: found.about[name] for name in ("images", "resolution")}
-    if not statistics <= names:
-        raise UserError(f"{path} has {sorted(names)}; a reference has mu, sigma, mu_s and sigma_s, or images in arr_0")
-    pool_statistics, spatial_statistics = (
-        FeatureStatistics(*(np.asarray(read_array(path, name), np.float64) for name in pair))
-        for pair in (("mu", "sigma"), ("mu_s", "sigma_s"))
-    )
-    sizes = pool_statistics.mean.shape, spatial_statistics.mean.shape
-    if sizes != ((2048,), (2023,)):
-        raise UserError(f"{path}: mu and mu_s have the shapes {sizes[0]} and {sizes[1]}, not (2048,) and (2023,)")
-    return Reference(about, pool_statistics, spatial_statistics, pool)
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: about is damaged ({brief(error)})") from error
+    if weights and weights != network.sha256:
+        raise UserError(
+            f"{path} was made with the weights {weights[:12]}, and these are {network.sha256[:12]}: distances "
+            "between the two mean nothing"
+        )
+    return about
 
 
 def score(samples: Features, reference: Reference) -> dict[str, float | None]:
-    """All figures; None for those that need images of the reference where it has none."""
+    """All figures; None for those that need what the reference does not have."""
+    spatial = reference.spatial_statistics
     scores: dict[str, float | None] = {
         "fid": frechet_distance(*reference.pool_statistics, *samples.pool_statistics),
-        "sfid": frechet_distance(*reference.spatial_statistics, *samples.spatial_statistics),
+        "sfid": None if spatial is None else frechet_distance(*spatial, *samples.spatial_statistics),
         "inception_score": inception_score(samples.logits, SPLIT_SIZE),
         "precision": None,
         "recall": None,
@@ -238,7 +291,9 @@ def score(samples: Features, reference: Reference) -> dict[str, float | None]:
     if reference.pool is not None:
         if min(len(reference.pool), samples.num_images) > NEIGHBOURS:
             scores["precision"], scores["recall"] = precision_recall(reference.pool, samples.pool, NEIGHBOURS)
-        scores["kid"], _ = kernel_distance(reference.pool, samples.pool)
+        # The estimate supposes that the two sets were drawn independently.
+        same = np.array_equal(reference.pool, samples.pool)
+        scores["kid"] = 0.0 if same else kernel_distance(reference.pool, samples.pool)[0]
     return scores
 
 
@@ -267,6 +322,8 @@ def deviations(images: ImageSet, about: dict[str, Any]) -> list[str]:
             f"the reference's statistics are of {about['statistics_of']:,} images of {about['name']}, not those that "
             "published figures are against"
         )
+    if not about.get("spatial", True):
+        found.append("the reference has no mu_s and sigma_s: no sFID")
     if about["images"] is None:
         found.append("the reference has no images: no precision, recall and KID")
     elif about["images"] != NUM_REFERENCE_IMAGES:
@@ -279,9 +336,13 @@ def deviations(images: ImageSet, about: dict[str, Any]) -> list[str]:
     if labels is not None and len(labels) > 1 and (np.diff(labels) >= 0).all() and labels[0] != labels[-1]:
         found.append("images are sorted by class: the Inception score of consecutive splits is far too low")
     if images.lossy:
-        found.append("images were stored as JPEG, whose losses are part of every figure; PNG and .npz have none")
+        found.append(
+            "images were stored as JPEG or lossy WebP, whose losses are part of every figure; PNG and .npz have none"
+        )
     if about.get("lossy"):
-        found.append("the reference was made of images stored as JPEG")
+        found.append("the reference was made of images stored as JPEG or lossy WebP")
+    if images.unscaled:
+        found.append(UNSCALED)
     return found
 
 
@@ -301,10 +362,12 @@ def make_reference(
     """Writes a reference file of a set of images: statistics of all, 10,000 of the images at even distances with their
     features, and what it was made from; returns the last."""
     found = reference_of(images, split, network, directory, batch_size)
+    spatial = found.spatial_statistics
+    assert spatial is not None  # of images there are always both
     count = images.rows.shape[0]
     chosen = np.linspace(0, count - 1, min(NUM_REFERENCE_IMAGES, count)).round().astype(int)
     kept, start = [], 0
-    for rows in images.rows.batches(PART):
+    for rows in images.rows.batches(rows_of_a_part(images.rows)):
         kept.append(rows[chosen[(chosen >= start) & (chosen < start + len(rows))] - start])
         start += len(rows)
     about = found.about | {"images": len(chosen), "weights_sha256": network.sha256}
@@ -312,8 +375,8 @@ def make_reference(
         "arr_0": np.concatenate(kept),
         "mu": found.pool_statistics.mean,
         "sigma": found.pool_statistics.covariance,
-        "mu_s": found.spatial_statistics.mean,
-        "sigma_s": found.spatial_statistics.covariance,
+        "mu_s": spatial.mean,
+        "sigma_s": spatial.covariance,
         POOL: np.asarray(found.pool)[chosen],
         "about": np.array(json.dumps(about)),
     }

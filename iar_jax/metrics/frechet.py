@@ -71,9 +71,12 @@ def frechet_distance(
 
     The last trace is the sum of the square roots of the eigenvalues of R^T cov2 R, where R R^T = cov1: symmetric, so it
     is real and defined for singular covariances too; eigenvalues that rounding made negative count as zero. R is
-    Cholesky's where there is one, and made of eigenvectors, which takes several times as long, where there is none.
+    Cholesky's where there is one, and made of eigenvectors, which takes several times as long, where there is none. The
+    distance of equal Gaussians is 0, and none is below.
     """
     mean1, cov1, mean2, cov2 = (np.asarray(x, np.float64) for x in (mean1, cov1, mean2, cov2))
+    if np.array_equal(mean1, mean2) and np.array_equal(cov1, cov2):
+        return 0.0  # rounding of the roots would say something else
     try:
         root = np.linalg.cholesky(cov1)
     except np.linalg.LinAlgError:
@@ -81,4 +84,5 @@ def frechet_distance(
         root = vectors * np.sqrt(np.maximum(values, 0.0))
     middle = np.linalg.eigvalsh(root.T @ cov2 @ root)
     trace = np.sum(np.sqrt(np.maximum(middle, 0.0)))
-    return float(np.sum(np.square(mean1 - mean2)) + np.trace(cov1) + np.trace(cov2) - 2.0 * trace)
+    distance = np.sum(np.square(mean1 - mean2)) + np.trace(cov1) + np.trace(cov2) - 2.0 * trace
+    return float(np.maximum(distance, 0.0))

@@ -37,7 +37,7 @@ def refusal(action: Callable[[], object]) -> str:
     return ""
 
 
-def brief(error: BaseException) -> str:
+def brief(error: BaseException | str) -> str:
     """An error of a library in one line."""
     # TensorStore goes on with pages of its own settings.
     text = " ".join(str(error).split()).partition(" See full TensorStore details")[0]

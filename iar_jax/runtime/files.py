@@ -57,6 +57,26 @@ def flush_tree(directory: os.PathLike[str] | str) -> None:
         flush(parent)
 
 
+def leftover(head: bytes) -> str:
+    """What a file is that a download left under another's name, and what to do; "" where its first bytes do not tell.
+
+    Args:
+        head: the first 512 bytes, or all.
+    """
+    text = head.lstrip().lower()
+    if not head:
+        return "is empty; download it again"
+    if head.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer and not the file that it stands for: run git lfs pull there"
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<body")):
+        return "is a web page (of an error, or of a login); download the file itself"
+    if head.startswith(b"\x1f\x8b"):
+        return "is compressed with gzip; unpack it first (gunzip, or tar xzf)"
+    if all(byte in b"\t\r\n" or 32 <= byte < 127 for byte in head):
+        return f"is a text; it begins: {' '.join(head.decode().split())[:80]}"
+    return ""
+
+
 def cache_directory() -> epath.Path:
     """Of this machine, for what can be had again: IAR_JAX_CACHE, or ~/.cache/iar_jax."""
     path = os.path.expanduser(os.environ.get("IAR_JAX_CACHE") or "~/.cache/iar_jax")

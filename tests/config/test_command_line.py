@@ -34,6 +34,11 @@ def call(*arguments, workdir):
         (["--config.codebook.cluster_sizes=(100,)"], "config.codebook.cluster_sizes is (100,): 100 does not divide"),
         (["--config.codebook.cluster_size=16"], "cluster_size: no such field; did you mean 'cluster_sizes'?"),
         (["--nonsense=3"], "nonsense"),
+        (["--config.model.dim", "wide"], "config.model.dim is 'wide'; allowed is an integer, such as 768"),
+        (["--config.seed", "4294967296"], "config.seed is 4294967296; allowed are integers from 0 to 4294967295"),
+        ([f"--config.sampling.seed={2**63}"], f"config.sampling.seed is {2**63}; allowed are integers from 0 to"),
+        ([f"--config.training.num_steps={2**63}"], f"is {2**63}; allowed are integers from 1 on (below 2^31)"),
+        (["--config.seed", "4294967295"], "tokenizer is not there; run python -m iar_jax.train_tokenizer first"),
         (["stray"], "'stray' is not an option"),
         ([], "tokenizer is not there; run python -m iar_jax.train_tokenizer first"),
     ],
@@ -44,6 +49,13 @@ def test_mistakes_get_one_message_and_exit_code_2(tmp_path, arguments, message):
     assert "Traceback" not in done.stderr
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_options_and_values_may_be_words_of_their_own(tmp_path):
+    command = [sys.executable, "-m", "iar_jax.train", "--config", "configs/mnist.py", "--workdir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert f"{tmp_path}/tokenizer is not there" in done.stderr
+    assert done.returncode == 2
 
 
 @pytest.mark.parametrize(

@@ -243,6 +243,28 @@ def test_a_second_import_does_not_overwrite_the_first(files, imported, tmp_path)
     assert done.returncode == 2
 
 
+def test_an_import_that_failed_leaves_nothing_and_one_that_was_made_is_found(files, tmp_path):
+    weights = [f"--tokenizer={files / 'vq.safetensors'}", f"--transformer={files / 'gpt.safetensors'}"]
+    broken = read_torch_file(files / "gpt.safetensors")
+    broken["output.weight"][3, 4] = np.nan
+    save_file(broken, tmp_path / "nan.safetensors")
+    done = importing(files, tmp_path / "run", weights[0], f"--transformer={tmp_path / 'nan.safetensors'}", check=False)
+    assert "are not finite: output.weight (1 of 8,192)" in done.stderr
+    assert done.returncode == 2
+    assert not any((tmp_path / "run" / name).exists() for name in ("tokenizer", "codebook", "train"))
+    # One that was killed while it wrote the transformer.
+    importing(files, tmp_path / "run", *weights)
+    train = tmp_path / "run" / "train"
+    for name in ("metadata.json", "metadata.copy.json"):
+        content = json.loads((train / name).read_text())
+        (train / name).write_text(json.dumps(content | {"finished": False, "fingerprint": ""}))
+    importing(files, tmp_path / "run", *weights)
+    assert json.loads((train / "metadata.json").read_text())["finished"]
+    made = [(path.stat().st_mtime_ns, path) for path in sorted(train.glob("checkpoints/**/*"))]
+    importing(files, tmp_path / "run", *weights)
+    assert [(path.stat().st_mtime_ns, path) for path in sorted(train.glob("checkpoints/**/*"))] == made
+
+
 @pytest.mark.slow
 def test_the_pipeline_goes_on_from_imported_weights(imported, tmp_path):
     shutil.copytree(imported, tmp_path / "run")

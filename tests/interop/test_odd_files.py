@@ -23,14 +23,14 @@ CASES = Path(__file__).parents[1] / "cases"
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "is empty; download it again"),
+        (b"", "holds no weights: it is empty; download it again"),
         (
             b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 3\n",
             "is a Git LFS pointer .*git lfs pull",
         ),
         (b"\n <!DOCTYPE html><html><body>Sign in</body></html>", "is a web page"),
         (gzip.compress(b"weights", mtime=0), "is compressed with gzip"),
-        (b"Entry not found", "is a text and not weights; it begins: Entry not found"),
+        (b"Entry not found", "it is a text; it begins: Entry not found"),
         (b"PK\x03\x04" + bytes(100), "is a zip file that was cut short"),
         (bytes(range(256)), "cannot be read as a PyTorch"),
     ],

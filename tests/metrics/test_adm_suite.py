@@ -229,12 +229,13 @@ def test_weights_that_are_nowhere_are_asked_for_by_name(tmp_path, monkeypatch):
     elsewhere = [file._replace(address=f"file://{tmp_path}/nowhere") for file in downloads.INCEPTION]
     with pytest.raises(UserError, match=rf"Put one of weights-inception.*graph_def\.pb into {tmp_path}"):
         downloads.find("", tuple(elsewhere), "Inception weights")
-    (tmp_path / "other").write_bytes(b"something else")
+    content = bytes(range(256))
+    (tmp_path / "other").write_bytes(content)
     wrong = downloads.INCEPTION[0]._replace(address=f"file://{tmp_path}/other")
     with pytest.raises(UserError, match=r"its SHA-256 begins [0-9a-f]{8}, not 6726825d"):
         downloads.find("", (wrong,), "Inception weights")
     right = wrong._replace(sha256=sha256_of(tmp_path / "other")[:8])
-    assert downloads.find("", (right,), "Inception weights").read_bytes() == b"something else"
+    assert downloads.find("", (right,), "Inception weights").read_bytes() == content
     assert not list(tmp_path.glob("*.partial"))
 
 

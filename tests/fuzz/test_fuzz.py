@@ -1,0 +1,66 @@
+"""If these fail, an odd file ends in a stack trace, a hang, a crash, or a program that is started; or none is told.
+
+Some files of each format; `python -m tests.fuzz` reads 70,000.
+"""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.fuzz import workers
+from tests.fuzz.changes import changed
+from tests.fuzz.formats import FORMATS, Format
+from tests.stages import ROOT
+
+
+@pytest.mark.slow
+def test_odd_files_are_read_or_refused_by_name():
+    command = [sys.executable, "-m", "tests.fuzz", "--share=0.05", "--seed=1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3,500 files, 0 defects" in done.stdout
+
+
+def test_the_same_seed_makes_the_same_files():
+    for name in ("png", "npz", "pb"):
+        sound = FORMATS[name].sound()
+        assert workers.odd_file(name, 3, 5, sound) == workers.odd_file(name, 3, 5, sound)
+        assert workers.odd_file(name, 3, 5, sound) != workers.odd_file(name, 4, 5, sound)
+
+
+def misread(path):
+    """Fails in every way, by what the file says."""
+    what = path.read_bytes()
+    if what == b"raise":
+        raise KeyError("of no kind that is known")
+    if what == b"end":
+        os._exit(11)
+    if what == b"start":
+        os.system("true")
+    if what == b"wait":
+        time.sleep(1.0)
+    return []
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"raise", "KeyError: 'of no kind"),
+        (b"end", "ended the process (11)"),
+        (b"start", "started a program (os.system)"),
+        (b"wait", "took 1."),
+    ],
+)
+def test_what_goes_wrong_is_told(monkeypatch, tmp_path, content, said):
+    # Processes are forked here, so that they know the format that is made for this test.
+    odd = Format(3, ".bin", lambda: [b"sound"], changed, misread)
+    monkeypatch.setitem(FORMATS, "odd", odd)
+    monkeypatch.setattr(workers, "odd_file", lambda name, seed, index, sound: content if index == 1 else b"sound")
+    monkeypatch.setattr(workers, "HANG_SECONDS", 0.5)
+    monkeypatch.setattr(workers, "START", "fork")
+    found = workers.survey("odd", 0, range(3))
+    assert [index for index, _ in found.problems] == [1]
+    assert said in found.problems[0][1]
