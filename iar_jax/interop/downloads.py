@@ -6,7 +6,8 @@ import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
-from iar_jax.interop.torch_files import kind_of
+from iar_jax.interop.graph_def import read_constants
+from iar_jax.interop.torch_files import read_torch_file
 from iar_jax.runtime.errors import UserError, brief
 from iar_jax.runtime.files import cache_directory, writing
 from iar_jax.runtime.progress import say
@@ -71,7 +72,7 @@ def here(files: tuple[PublicFile, ...]) -> Path | None:
 
 def fetch(files: tuple[PublicFile, ...], what: str) -> Path:
     """Fetches the first of some files that can be had into the cache directory, whole or not at all: of the length that
-    the server names, of the published SHA-256, and no web page or text."""
+    the server names, of the published SHA-256, and one that can be read."""
     reasons = []
     for file in files:
         path = cache_directory() / file.name
@@ -82,7 +83,8 @@ def fetch(files: tuple[PublicFile, ...], what: str) -> Path:
                 digest = download(file.address, local)
                 if not digest.startswith(file.sha256):
                     raise OSError(f"its SHA-256 begins {digest[:8]}, not {file.sha256}")
-                kind_of(local)
+                # Where a server names no length, reading it tells whether it is whole.
+                (read_constants if file.name.endswith(".pb") else read_torch_file)(local)
         except UserError as error:
             reasons.append(f"{file.address}: {str(error).replace(f'{path}.partial', 'what came')}")
             continue

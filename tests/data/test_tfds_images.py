@@ -15,7 +15,7 @@ from PIL import Image
 
 from iar_jax.config.fields import default_config
 from iar_jax.data.images import open_images
-from iar_jax.data.tfds_images import TfdsSource
+from iar_jax.data.tfds_images import TfdsSource, TfdsSplits
 from iar_jax.runtime.errors import UserError
 
 
@@ -101,3 +101,23 @@ def test_what_is_not_prepared_or_damaged_is_said(golden, tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match="ends inside record 11"):
         opened(golden, "tfrecord", tfds_dir=str(tmp_path / "tfds"))
+
+
+def test_a_record_that_cannot_be_parsed_is_named(golden, tmp_path):
+    shutil.copytree(golden("tfds/tfrecord"), tmp_path / "tfds")
+    (path,) = (tmp_path / "tfds" / "tiny_set" / "1.0.0").glob("*train*")
+    content = bytearray(path.read_bytes())
+    content[12:20] = b"\xff" * 8
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"tfds:tiny_set train: record 0 cannot be read .*prepare the set again"):
+        TfdsSplits("tiny_set", str(tmp_path / "tfds"), 8).sources["train"].example(0)
+
+
+def test_damaged_array_records_are_named(golden, tmp_path):
+    shutil.copytree(golden("tfds/array_record"), tmp_path / "tfds")
+    (path,) = (tmp_path / "tfds" / "tiny_set" / "1.0.0").glob("*train*")
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], bytes(len(whole)), whole[:-70_000] + bytes(70_000)):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"tfds:tiny_set train.*cannot be read"):
+            TfdsSplits("tiny_set", str(tmp_path / "tfds"), 8).sources["train"].labels  # noqa: B018

@@ -5,6 +5,7 @@ import gzip
 import io
 import pickle
 import shutil
+import struct
 import time
 import zipfile
 from pathlib import Path
@@ -13,9 +14,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from iar_jax.interop import llamagen, torch_files
+from iar_jax.interop import graph_def, llamagen, torch_files
 from iar_jax.interop.torch_files import read_torch_file
 from iar_jax.runtime.errors import UserError
+from tests.fuzz.formats import field
 
 CASES = Path(__file__).parents[1] / "cases"
 
@@ -183,3 +185,40 @@ def test_a_text_to_image_model_is_named_as_one(tmp_path):
     save_file({"cls_embedding.cap_proj.fc1.weight": np.zeros((2, 2), np.float32)}, tmp_path / "t2i.safetensors")
     with pytest.raises(UserError, match="is LlamaGen's text-to-image model"):
         llamagen.read_state_dict(tmp_path / "t2i.safetensors", llamagen.TRANSFORMER_KEYS)
+
+
+def graph_of(*nodes):
+    return b"".join(field(1, 2, node) for node in nodes)
+
+
+def constant(shape, content=None, number=None):
+    dims = b"".join(field(2, 2, field(1, 0, size)) for size in shape)
+    tensor = field(1, 0, 1) + field(2, 2, dims)
+    tensor += field(4, 2, content) if content is not None else field(5, 2, struct.pack("<f", number))
+    value = field(1, 2, b"value") + field(2, 2, field(8, 2, tensor))
+    return field(1, 2, b"name") + field(2, 2, b"Const") + field(5, 2, value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (graph_of(constant((2, 3), bytes(20))), "cannot reshape"),
+        (graph_of(constant((2**63,), number=1.0)), "is not a TensorFlow graph, or is damaged"),
+        (graph_of(constant((1,) * 100, number=1.0)), "is not a TensorFlow graph, or is damaged"),
+        (graph_of(constant((2, 3), bytes(24)))[:-9], "ends in the middle"),
+        (b"\xff" * 30, "integer of more than 64 bits"),
+        (b"<html>Not found</html>", "it is a web page"),
+        (b"", "it is empty"),
+    ],
+)
+def test_graphs_that_are_none_are_refused_in_a_line(tmp_path, content, message):
+    (tmp_path / "graph.pb").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        graph_def.read_constants(tmp_path / "graph.pb")
+
+
+def test_a_number_that_stands_for_a_large_tensor_takes_no_memory(tmp_path):
+    (tmp_path / "graph.pb").write_bytes(graph_of(constant((1 << 20, 1 << 20), number=1.5)))
+    found = graph_def.read_constants(tmp_path / "graph.pb")["name"]
+    assert found.shape == (1 << 20, 1 << 20)
+    assert found[5, 7] == 1.5

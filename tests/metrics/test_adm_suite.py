@@ -11,14 +11,13 @@ from etils import epath
 from PIL import Image
 from safetensors.numpy import save_file
 
-from iar_jax.evaluate.files import open_set
+from iar_jax.evaluate.files import load_reference, open_set
 from iar_jax.interop import downloads, lpips
 from iar_jax.metrics import adm_suite
 from iar_jax.metrics.frechet import RunningStatistics, feature_statistics
 from iar_jax.metrics.inception_score import inception_score
 from iar_jax.metrics.kernel_distance import kernel_distance
 from iar_jax.models.inception import InceptionV3
-from iar_jax.runtime.artifacts import sha256_of
 from iar_jax.runtime.errors import UserError
 from tests import random_inception
 from tests.stages import ROOT, environment
@@ -163,7 +162,7 @@ def test_a_set_against_itself_and_images_in_place_of_statistics(files, tmp_path,
     network, asked = fake_network(monkeypatch)
     samples, other = (epath.Path(files) / f"{name}.npz" for name in ("samples", "other"))
     kept = epath.Path(tmp_path) / "kept"
-    reference = adm_suite.load_reference(other, network, kept, 8)
+    reference = load_reference(other, network, kept, 8)
     made = epath.Path(tmp_path) / "reference.npz"
     adm_suite.make_reference(made, image_set(other), "val", network, kept, 8)
     before = len(asked)
@@ -224,19 +223,118 @@ def test_a_folder_of_pictures_is_a_set(files, tmp_path):
         open_set(epath.Path(tmp_path) / "empty", "samples")
 
 
-def test_weights_that_are_nowhere_are_asked_for_by_name(tmp_path, monkeypatch):
-    monkeypatch.setenv("IAR_JAX_CACHE", str(tmp_path))
-    elsewhere = [file._replace(address=f"file://{tmp_path}/nowhere") for file in downloads.INCEPTION]
-    with pytest.raises(UserError, match=rf"Put one of weights-inception.*graph_def\.pb into {tmp_path}"):
-        downloads.find("", tuple(elsewhere), "Inception weights")
-    content = bytes(range(256))
-    (tmp_path / "other").write_bytes(content)
-    wrong = downloads.INCEPTION[0]._replace(address=f"file://{tmp_path}/other")
-    with pytest.raises(UserError, match=r"its SHA-256 begins [0-9a-f]{8}, not 6726825d"):
-        downloads.find("", (wrong,), "Inception weights")
-    right = wrong._replace(sha256=sha256_of(tmp_path / "other")[:8])
-    assert downloads.find("", (right,), "Inception weights").read_bytes() == content
-    assert not list(tmp_path.glob("*.partial"))
+def png(path, image, **options):
+    Image.fromarray(image).save(path, options.pop("format", "PNG"), **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "lossy"),
+    [
+        ("a.png", {}, False),
+        ("a.jpg", {"format": "JPEG"}, True),
+        ("a.png", {"format": "JPEG"}, True),
+        ("a.jpg", {"format": "PNG"}, False),
+        ("a.webp", {"format": "WEBP"}, True),
+        ("a.png", {"format": "WEBP"}, True),
+        ("a.webp", {"format": "WEBP", "lossless": True}, False),
+    ],
+)
+def test_losses_are_told_by_content(files, tmp_path, name, options, lossy):
+    images = np.load(files / "samples.npz")["arr_0"]
+    png(tmp_path / name, images[0], **options)
+    png(tmp_path / "other.png", images[1])
+    found = open_set(epath.Path(tmp_path), "samples")
+    assert found.lossy is lossy
+    about = {"name": "r", "split": "train", "statistics_of": None, "images": 10_000}
+    assert any("JPEG or lossy WebP" in line for line in adm_suite.deviations(found, about)) is lossy
+
+
+def test_a_folder_of_one_picture_has_no_statistics(files, tmp_path):
+    png(tmp_path / "a.png", np.load(files / "samples.npz")["arr_0"][0])
+    with pytest.raises(UserError, match="1 image; two are the least that have statistics"):
+        open_set(epath.Path(tmp_path), "samples")
+
+
+def test_pixels_that_were_not_scaled_are_said(files, tmp_path, capsys):
+    np.savez(tmp_path / "unscaled.npz", np.random.default_rng(0).integers(0, 2, (4, 8, 8, 3)).astype(np.uint8))
+    found = open_set(epath.Path(tmp_path) / "unscaled.npz", "samples")
+    assert "all pixels are 0 or 1" in capsys.readouterr().out
+    about = {"name": "r", "split": "train", "statistics_of": None, "images": 10_000}
+    assert any(line.startswith("all pixels are 0 or 1") for line in adm_suite.deviations(found, about))
+    others = image_set(epath.Path(files) / "samples.npz")
+    assert not any("0 or 1" in line for line in adm_suite.deviations(others, about))
+    np.savez(tmp_path / "floats.npz", np.random.default_rng(0).random((4, 8, 8, 3)))
+    with pytest.raises(UserError, match=r"np.round\(255 \* images\)"):
+        open_set(epath.Path(tmp_path) / "floats.npz", "samples")
+
+
+def statistics(seed=0):
+    rng = np.random.default_rng(seed)
+    found = {}
+    for mean, covariance, size in (("mu", "sigma", 2048), ("mu_s", "sigma_s", 2023)):
+        found |= {mean: rng.standard_normal(size), covariance: np.diag(rng.random(size))}
+    return found
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_statistics_of_one_layer_give_one_distance(files, tmp_path, monkeypatch, whole):
+    network, asked = fake_network(monkeypatch)
+    given = statistics()
+    np.savez(tmp_path / "r.npz", **(given if whole else {name: given[name] for name in ("mu", "sigma")}))
+    reference = load_reference(epath.Path(tmp_path) / "r.npz", network, epath.Path(tmp_path) / "kept", 8)
+    assert not asked
+    images = image_set(epath.Path(files) / "samples.npz")
+    scores = adm_suite.score(adm_suite.features_of(images, network, epath.Path(tmp_path) / "kept", 8), reference)
+    there = {name for name, value in scores.items() if value is not None}
+    assert there == {"fid", "inception_score"} | ({"sfid"} if whole else set())
+    no_sfid = "the reference has no mu_s and sigma_s: no sFID"
+    assert (no_sfid in adm_suite.deviations(images, reference.about)) is not whole
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mu": np.zeros(64)}, r"mu is float64 \[64\]; it should be float \[2048\]"),
+        ({"sigma": np.zeros((2048, 64))}, r"sigma is float64 \[2048, 64\]; it should be float \[2048, 2048\]"),
+        ({"mu_s": np.full(2023, np.nan)}, "mu_s has entries that are not finite"),
+        ({"sigma": None, "arr_0": None}, "has mu, mu_s, sigma_s; a reference has mu and sigma"),
+        ({"mu": np.array(["a"] * 2048)}, "mu is <U1"),
+        ({"about": np.array("[1")}, "about is damaged"),
+        ({"about": np.array("[1]")}, "about is damaged"),
+        ({"arr_0": np.zeros((4, 8, 8), np.uint8)}, r"images are uint8 \[N, H, W, 3\]"),
+        ({"pool": np.zeros((4, 7))}, r"pool has shape \(4, 7\)"),
+    ],
+)
+def test_references_are_looked_at_before_the_network_runs(files, tmp_path, monkeypatch, change, message):
+    network, asked = fake_network(monkeypatch)
+    content = statistics() | {"arr_0": np.load(files / "samples.npz")["arr_0"]} | change
+    np.savez(tmp_path / "r.npz", **{name: value for name, value in content.items() if value is not None})
+    with pytest.raises(UserError, match=message):
+        load_reference(epath.Path(tmp_path) / "r.npz", network, epath.Path(tmp_path) / "kept", 8)
+    assert not asked
+
+
+@pytest.mark.parametrize("form", ["npz", "npy", "fortran", "folder"])
+def test_every_form_of_the_same_images_is_the_same_reference_and_scores_zero(files, tmp_path, monkeypatch, form):
+    network, _ = fake_network(monkeypatch)
+    images = np.load(files / "samples.npz")["arr_0"]
+    path = epath.Path(tmp_path) / f"r.{form}"
+    if form == "folder":
+        path.mkdir()
+        for i, image in enumerate(images):
+            png(path / f"{i:03d}.png", image)
+    elif form == "npy":
+        np.save(path, images)
+    else:
+        path = path.with_suffix(".npz")
+        np.savez(path, np.asfortranarray(images) if form == "fortran" else images)
+    kept = epath.Path(tmp_path) / "kept"
+    reference = load_reference(path, network, kept, 8)
+    scores = adm_suite.score(adm_suite.features_of(open_set(path, "samples"), network, kept, 8), reference)
+    assert (scores["fid"], scores["sfid"], scores["kid"]) == (0.0, 0.0, 0.0)
+    assert (scores["precision"], scores["recall"]) == (1.0, 1.0)
+    itself = image_set(epath.Path(files) / "samples.npz")
+    assert adm_suite.score(adm_suite.features_of(itself, network, kept, 8), reference) == scores
 
 
 def test_lpips_weights_are_asked_for_by_name_too(tmp_path, monkeypatch):
