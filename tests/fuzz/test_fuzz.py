@@ -45,22 +45,25 @@ def misread(path):
     return []
 
 
+def misreading(name, *arguments):
+    """A process that reads files of a format of its own, of which the one with index 1 says what goes wrong."""
+    FORMATS[name] = Format(3, ".bin", lambda: [b"sound"], changed, misread)
+    workers.odd_file = lambda name, seed, index, sound: name.encode() if index == 1 else b"sound"
+    workers.HANG_SECONDS = 0.5
+    workers.read_all(name, *arguments)
+
+
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("name", "said"),
     [
-        (b"raise", "KeyError: 'of no kind"),
-        (b"end", "ended the process (11)"),
-        (b"start", "started a program (os.system)"),
-        (b"wait", "took 1."),
+        ("raise", "KeyError: 'of no kind"),
+        ("end", "ended the process (11)"),
+        ("start", "started a program (os.system)"),
+        ("wait", "took 1."),
     ],
 )
-def test_what_goes_wrong_is_told(monkeypatch, tmp_path, content, said):
-    # Processes are forked here, so that they know the format that is made for this test.
-    odd = Format(3, ".bin", lambda: [b"sound"], changed, misread)
-    monkeypatch.setitem(FORMATS, "odd", odd)
-    monkeypatch.setattr(workers, "odd_file", lambda name, seed, index, sound: content if index == 1 else b"sound")
-    monkeypatch.setattr(workers, "HANG_SECONDS", 0.5)
-    monkeypatch.setattr(workers, "START", "fork")
-    found = workers.survey("odd", 0, range(3))
+def test_what_goes_wrong_is_told(name, said):
+    found = workers.survey(name, 0, range(3), misreading)
     assert [index for index, _ in found.problems] == [1]
     assert said in found.problems[0][1]
+    assert found.read + found.refused + (name in ("raise", "end")) == 3

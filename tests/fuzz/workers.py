@@ -9,6 +9,7 @@ import tempfile
 import time
 import traceback
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,6 @@ import numpy as np
 
 # A reader that takes longer hangs; a process that is larger holds more than it should.
 HANG_SECONDS, MOST_BYTES = 5.0, 2 << 30
-
-# Each process begins anew: JAX' threads do not survive a fork.
-START = "spawn"
 
 # What starts a program, of Python's audit events.
 PROGRAMS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty")
@@ -105,14 +103,18 @@ def read_all(name: str, seed: int, indices: range, place: Any, results: Any) -> 
     results.send((index + 1, outcome))
 
 
-def survey(name: str, seed: int, indices: range) -> Outcome:
-    """What became of some odd files of a format; a process that hangs or ends is replaced by another one."""
-    context, total, first = multiprocessing.get_context(START), Outcome(), indices.start
+def survey(name: str, seed: int, indices: range, target: Callable[..., None] = read_all) -> Outcome:
+    """What became of some odd files of a format; a process that hangs or ends is replaced by another one.
+
+    Args:
+        target: what a process does.
+    """
+    context, total, first = multiprocessing.get_context("spawn"), Outcome(), indices.start
     while first < indices.stop:
         place = context.Value("q", -1)
         ours, theirs = context.Pipe(duplex=False)
         arguments = (name, seed, range(first, indices.stop), place, theirs)
-        process = context.Process(target=read_all, args=arguments, daemon=True)
+        process = context.Process(target=target, args=arguments, daemon=True)
         process.start()
         theirs.close()
         seen, since, hung = -1, time.monotonic(), False
@@ -124,24 +126,20 @@ def survey(name: str, seed: int, indices: range) -> Outcome:
                 break
         try:
             # All is sent at the end: what a process had found before it hung or crashed is found again.
-            first, outcome = ours.recv() if ours.poll() else (None, None)
+            end, outcome = ours.recv() if ours.poll() else (first, None)
         except EOFError:
             outcome = None
         if outcome is None:
             if hung:
                 process.kill()
             process.join()
-            at, end = place.value, "hangs" if hung else f"ended the process ({process.exitcode})"
-            if at > first_of(arguments):
-                total.add(survey(name, seed, range(first_of(arguments), at)))
-            total.problems.append((max(at, 0), end))
-            first = max(at, first_of(arguments)) + 1
+            at, what = place.value, "hangs" if hung else f"ended the process ({process.exitcode})"
+            if at > first:
+                total.add(survey(name, seed, range(first, at), target))
+            total.problems.append((max(at, first), what))
+            first = max(at, first) + 1
             continue
         process.join()
         total.add(outcome)
+        first = end
     return total
-
-
-def first_of(arguments: tuple) -> int:
-    """The first index that a process was given."""
-    return arguments[2].start
