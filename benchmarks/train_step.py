@@ -23,12 +23,12 @@ import optax
 from ml_collections import ConfigDict
 
 from configs.imagenet import get_config
-from iar_jax.generators.autoregressive.transformer import swiglu_hidden_dim
 from iar_jax.generators.code_layout import CodeLayout
 from iar_jax.generators.generator import Generator, build_generator
 from iar_jax.generators.settings import Facts, Objective
 from iar_jax.losses.cluster_loss import cluster_loss
-from iar_jax.models.attention_blocks import causal_attention
+from iar_jax.models.attention_blocks import attention_in_blocks
+from iar_jax.models.layers import swiglu_hidden_dim
 from iar_jax.models.rope import apply_rope, rope_table
 from iar_jax.runtime import sharding
 from iar_jax.training import generator_steps
@@ -122,7 +122,7 @@ def main() -> None:
 
     def attention(q, k, v):
         q, k = apply_rope(q, rope), apply_rope(k, rope)
-        return jnp.sum(causal_attention(q, k, v, arguments.attention_block).astype(jnp.float32))
+        return jnp.sum(attention_in_blocks(q, k, v, arguments.attention_block, True).astype(jnp.float32))
 
     heads = x.reshape(batch_size, length, config.model.num_heads, -1)
     one_attention = seconds(jax.jit(jax.grad(attention, (0, 1, 2))), heads, heads, heads, repeats=repeats)

@@ -13,9 +13,10 @@ import numpy as np
 
 from iar_jax.generators.autoregressive.generator import Autoregressive
 from iar_jax.generators.autoregressive.sizes import size_named
-from iar_jax.generators.autoregressive.transformer import Transformer, swiglu_hidden_dim
+from iar_jax.generators.autoregressive.transformer import Transformer
 from iar_jax.generators.settings import Facts
 from iar_jax.interop.torch_files import check_finite, read_torch_file, write_torch_file
+from iar_jax.models.layers import swiglu_hidden_dim
 from iar_jax.models.rope import rope_table
 from iar_jax.models.vqgan import VQModel
 from iar_jax.runtime.errors import UserError

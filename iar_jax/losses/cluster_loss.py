@@ -68,13 +68,17 @@ def cluster_loss(
     targets: Int[Array, "B L"],
     levels: Levels,
     *,
+    bias: Float[Array, " V"] | None = None,
+    other_logits: Float[Array, "B L"] | None = None,
+    label_smoothing: float = 0.0,
     position_weights: Float[Array, "B L"] | None = None,
     mean_of_rows: bool = False,
     num_chunks: int = 1,
 ) -> tuple[Float[Array, ""], Losses]:
     """Mean of token_loss + Σ λ · cluster_loss, and the losses and hits of each position.
 
-    Only the mean is differentiable, by `hidden` and `head`. Inside `sharding.use_mesh` the work is split over the mesh.
+    Only the mean is differentiable, by `hidden`, `head`, `bias` and `other_logits`. Inside `sharding.use_mesh` the work
+    is split over the mesh.
 
     Args:
         hidden: what the head is applied to, after the final norm; its dtype is that of the products.
@@ -82,6 +86,11 @@ def cluster_loss(
         targets: rearranged ids in [0, V).
         levels: nested, from the finest on: each cluster size divides the next, and the last divides V (the part of V
             on each device).
+        bias: float32, of the logits.
+        other_logits: float32, of one more class that is no code, such as a masked model's mask: a cluster of its own at
+            every level, which no target has.
+        label_smoothing: ε: the mean takes cross-entropies with the target's share 1 − ε + ε / n, and ε / n for the
+            others of n codes, or of a level's n clusters. The losses of each position are without it.
         position_weights: not negative; what each position counts in the mean, 0 leaves it out. None counts all alike.
         mean_of_rows: the weighted mean of each row first, then the mean over the rows (each picture counts alike,
             however many of its positions count), in the place of one weighted mean over all positions.
@@ -96,8 +105,26 @@ def cluster_loss(
         raise ValueError(f"num_chunks {num_chunks} does not divide the {hidden.shape[1]} positions")
     weights = jnp.stack([jnp.asarray(weight, jnp.float32) for _, weight in levels])
     scale = None if position_weights is None else shares(position_weights, mean_of_rows)
+    static = Static(sizes, num_chunks, label_smoothing)
     with jax.named_scope("cluster_loss"):
-        return _cluster_loss(hidden, head, targets, weights, scale, sizes, num_chunks)
+        return _cluster_loss(Inputs(hidden, head, bias, other_logits), targets, weights, scale, static)
+
+
+class Inputs(NamedTuple):
+    """What the mean is differentiable by."""
+
+    hidden: Float[Array, "B L D"]
+    head: Float[Array, "D V"]
+    bias: Float[Array, " V"] | None
+    other_logits: Float[Array, "B L"] | None
+
+
+class Static(NamedTuple):
+    """What the loss is compiled for."""
+
+    sizes: tuple[int, ...]
+    num_chunks: int
+    label_smoothing: float
 
 
 def check_sizes(sizes: Sequence[int], vocab_size: int) -> None:
@@ -117,63 +144,72 @@ def shares(weights: Float[Array, "B L"], mean_of_rows: bool) -> Float[Array, "B 
     return jnp.where(total > 0, weights / jnp.where(total > 0, total, 1.0), 0.0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _cluster_loss(hidden, head, targets, weights, scale, sizes, num_chunks):
-    losses, _ = _on_mesh(hidden, head, targets, weights, scale, sizes, num_chunks, with_gradients=False)
-    return _mean(losses, weights, scale), losses
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _cluster_loss(inputs, targets, weights, scale, static):
+    found, _ = _on_mesh(inputs, targets, weights, scale, static, with_gradients=False)
+    return _mean(found, weights, scale), found[0]
 
 
-def _forward(hidden, head, targets, weights, scale, sizes, num_chunks):
-    losses, gradients = _on_mesh(hidden, head, targets, weights, scale, sizes, num_chunks, with_gradients=True)
-    return (_mean(losses, weights, scale), losses), gradients
+def _forward(inputs, targets, weights, scale, static):
+    found, gradients = _on_mesh(inputs, targets, weights, scale, static, with_gradients=True)
+    return (_mean(found, weights, scale), found[0]), gradients
 
 
-def _backward(sizes, num_chunks, gradients, cotangents):
+def _backward(static, gradients, cotangents):
     factor, _ = cotangents
-    hidden, head = gradients
-    return factor.astype(hidden.dtype) * hidden, factor * head, None, None, None
+    return jax.tree.map(lambda gradient: factor.astype(gradient.dtype) * gradient, gradients), None, None, None
 
 
 _cluster_loss.defvjp(_forward, _backward)
 
 
-def _mean(losses, weights, scale):
+def _mean(found, weights, scale):
+    losses, smoothing = found
     mean = jnp.mean if scale is None else lambda values: jnp.sum(scale * values)
     total = mean(losses.token_loss)
     for i, values in enumerate(losses.cluster_losses):
         total += weights[i] * mean(values)
-    return total
+    return total if smoothing is None else total + mean(smoothing)
 
 
-def _on_mesh(hidden, head, targets, weights, scale, sizes, num_chunks, with_gradients):
+def _on_mesh(inputs, targets, weights, scale, static, with_gradients):
     """Runs `_chunked` on each device's part, or on everything where there is no mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     run = functools.partial(
         _chunked,
-        sizes=sizes,
-        num_chunks=num_chunks,
+        static=static,
         num_positions=targets.size,
         with_gradients=with_gradients,
         sharded=not mesh.empty,
     )
     if mesh.empty:
-        return run(hidden, head, targets, weights, scale)
-    rows = PartitionSpec(BATCH_AXES)
-    losses = Losses(rows, rows, (rows,) * len(sizes), (rows,) * len(sizes))
-    gradients = (rows, PartitionSpec(WIDTH_AXIS, VOCAB_AXIS)) if with_gradients else None
+        return run(inputs, targets, weights, scale)
+    rows, levels = PartitionSpec(BATCH_AXES), len(static.sizes)
+
+    def where_there(value, spec):
+        return None if value is None else spec
+
+    bias, other = where_there(inputs.bias, PartitionSpec(VOCAB_AXIS)), where_there(inputs.other_logits, rows)
+    losses = Losses(rows, rows, (rows,) * levels, (rows,) * levels), rows if static.label_smoothing else None
+    gradients = Inputs(rows, PartitionSpec(WIDTH_AXIS, VOCAB_AXIS), bias, other) if with_gradients else None
+    split = Inputs(rows, PartitionSpec(None, VOCAB_AXIS), bias, other)
     return jax.shard_map(
         run,
-        in_specs=(rows, PartitionSpec(None, VOCAB_AXIS), rows, PartitionSpec(), None if scale is None else rows),
+        in_specs=(split, rows, PartitionSpec(), where_there(scale, rows)),
         out_specs=(losses, gradients),
         check_vma=False,
-    )(hidden, head, targets, weights, scale)
+    )(inputs, targets, weights, scale)
 
 
-def _chunked(hidden, head, targets, weights, scale, *, sizes, num_chunks, num_positions, with_gradients, sharded):
-    """Losses of all positions and, where asked for, the gradients of their mean by `hidden` and `head`."""
+def _chunked(inputs, targets, weights, scale, *, static, num_positions, with_gradients, sharded):
+    """Losses of all positions, what smoothing adds to them, and where asked for the gradients of their mean."""
+    hidden, head, bias, other_logits = inputs
     batch, length, _ = hidden.shape
+    num_chunks = static.num_chunks
 
     def split(positions):
+        if positions is None:
+            return None
         parts = positions.reshape(batch, num_chunks, length // num_chunks, *positions.shape[2:]).swapaxes(0, 1)
         return parts.reshape(num_chunks, -1, *positions.shape[2:])
 
@@ -183,33 +219,48 @@ def _chunked(hidden, head, targets, weights, scale, *, sizes, num_chunks, num_po
 
     # Codes lead on TPUs: clusters are then whole rows of a tile, not parts of one. CPUs want them contiguous.
     order = "VP" if _is_on_tpu() else "PV"
-    columns = head.astype(hidden.dtype)
+    axis, columns = order.index("V"), head.astype(hidden.dtype)
     first = jax.lax.axis_index(VOCAB_AXIS) * head.shape[1] if sharded else 0
 
-    def one(total, chunk):
-        rows, wanted, counts = chunk
+    def one(totals, chunk):
+        rows, wanted, counts, other = chunk
         logits = jnp.einsum(f"PD,DV->{order}", rows, columns, preferred_element_type=jnp.float32)
-        losses, dlogits = _losses_and_gradient(logits, wanted - first, weights, sizes, sharded, order.index("V"))
+        if bias is not None:
+            logits += jnp.expand_dims(bias, 1 - axis)
+        losses, dlogits, dother = _losses_and_gradient(
+            logits, other, wanted - first, weights, static.sizes, sharded, axis
+        )
+        smoothing = None
+        if static.label_smoothing:
+            smoothing, more = _smoothing(logits, wanted - first, weights, static, sharded, axis)
+            dlogits += more
         if not with_gradients:
-            return total, (losses, None)
-        dlogits = dlogits / num_positions if counts is None else dlogits * jnp.expand_dims(counts, order.index("V"))
+            return totals, (losses, smoothing, None, None)
+        shares = 1.0 / num_positions if counts is None else counts
+        dlogits = dlogits / num_positions if counts is None else dlogits * jnp.expand_dims(counts, axis)
+        dhead, dbias = totals
+        if bias is not None:
+            dbias += jnp.sum(dlogits, axis=1 - axis)
         dlogits = dlogits.astype(hidden.dtype)
-        total += jnp.einsum(f"PD,{order}->DV", rows, dlogits, preferred_element_type=jnp.float32)
+        dhead += jnp.einsum(f"PD,{order}->DV", rows, dlogits, preferred_element_type=jnp.float32)
         dhidden = jnp.einsum(f"{order},DV->PD", dlogits, columns, preferred_element_type=jnp.float32)
         if sharded:
             dhidden = jax.lax.psum(dhidden, VOCAB_AXIS)
-        return total, (losses, dhidden.astype(hidden.dtype))
+        dother = None if other is None else dother * shares
+        return (dhead, dbias), (losses, smoothing, dhidden.astype(hidden.dtype), dother)
 
-    total = jnp.zeros(head.shape, jnp.float32) if with_gradients else None
-    chunks = (split(hidden), split(targets), None if scale is None else split(scale))
-    dhead, (losses, dhidden) = jax.lax.scan(one, total, chunks)
-    losses = jax.tree.map(joined, losses)
+    zeros = jnp.zeros(head.shape, jnp.float32), None if bias is None else jnp.zeros(bias.shape, jnp.float32)
+    chunks = (split(hidden), split(targets), split(scale), split(other_logits))
+    totals, found = jax.lax.scan(one, zeros if with_gradients else (None, None), chunks)
+    losses, smoothing, dhidden, dother = jax.tree.map(joined, found)
     if not with_gradients:
-        return losses, None
+        return (losses, smoothing), None
+    dhead, dbias = totals
     if sharded:
         dhead = jax.lax.psum_scatter(dhead, WIDTH_AXIS, scatter_dimension=0, tiled=True)
         dhead = jax.lax.psum(dhead, "data")
-    return losses, (joined(dhidden), dhead)
+        dbias = None if dbias is None else jax.lax.psum(dbias, BATCH_AXES)
+    return (losses, smoothing), Inputs(dhidden, dhead, dbias, dother)
 
 
 def _is_on_tpu() -> bool:
@@ -217,11 +268,12 @@ def _is_on_tpu() -> bool:
     return bool(mesh.abstract_device) and mesh.abstract_device.platform == "tpu"
 
 
-def _losses_and_gradient(logits, targets, weights, sizes, sharded, axis):
-    """Losses of one chunk and the gradient of token_loss + Σ λ · cluster_loss by its logits.
+def _losses_and_gradient(logits, other, targets, weights, sizes, sharded, axis):
+    """Losses of one chunk and the gradients of token_loss + Σ λ · cluster_loss by its logits, and by `other`.
 
     Args:
         logits: float32, positions [P] by this device's codes [V], which are its axis `axis`.
+        other: [P], of the class that is no code; None where there is none.
         targets: [P], ids counted from the device's first code: outside [0, V) where the target is on another device.
     """
     everywhere = functools.partial(jax.lax.psum, axis_name=VOCAB_AXIS) if sharded else lambda x: x
@@ -252,11 +304,15 @@ def _losses_and_gradient(logits, targets, weights, sizes, sharded, axis):
     highest = jnp.max(logits, axis=axis)
     if sharded:
         highest = jax.lax.pmax(highest, VOCAB_AXIS)
+    if other is not None:
+        highest = jnp.maximum(highest, other)
     sums = [jnp.exp(logits - each(highest))]
     for finer, size in itertools.pairwise((1, *sizes)):
         # A coarser cluster's sum is that of the finer ones in it.
         sums.append(jnp.sum(in_groups(sums[-1], size // finer), axis=axis + 1))
     total = everywhere(jnp.sum(sums[1], axis=axis))
+    if other is not None:
+        total += jnp.exp(other - highest)
     lse = highest + jnp.log(total)
 
     # The target's coarsest cluster by itself, and the finer ones in it: their sums can be too small beside the highest
@@ -269,10 +325,12 @@ def _losses_and_gradient(logits, targets, weights, sizes, sharded, axis):
     cluster_hits = []
     for size, values in zip(sizes, sums[1:], strict=True):
         own_sum = everywhere(jnp.where(here, jnp.squeeze(taken(values, targets // size, 1), axis), 0.0))
-        cluster_hits.append(is_first_highest(values, targets // size, own_sum))
+        hit = is_first_highest(values, targets // size, own_sum)
+        cluster_hits.append(hit if other is None else jnp.where(own_sum >= jnp.exp(other - highest), hit, 0.0))
+    token_hit = is_first_highest(logits, targets, target_logit)
     losses = Losses(
         token_loss=lse - target_logit,
-        token_hit=is_first_highest(logits, targets, target_logit),
+        token_hit=token_hit if other is None else jnp.where(target_logit >= other, token_hit, 0.0),
         cluster_losses=tuple(lse - x for x in cluster_lse),
         cluster_hits=tuple(cluster_hits),
     )
@@ -284,7 +342,36 @@ def _losses_and_gradient(logits, targets, weights, sizes, sharded, axis):
         pulled = sum(weights[j] * jnp.exp(own_lse[i] - own_lse[j]) for j in range(i, len(sizes)))
         share = (1.0 + jnp.sum(weights)) * jnp.exp(own_lse[i] - lse) - pulled
         base, factor = jnp.where(inside, each(own_lse[i]), base), jnp.where(inside, each(share), factor)
-    return losses, jnp.exp(logits - base) * factor - (code == each(targets))
+    dlogits = jnp.exp(logits - base) * factor - (code == each(targets))
+    return losses, dlogits, None if other is None else (1.0 + jnp.sum(weights)) * jnp.exp(other - lse)
+
+
+def _smoothing(logits, targets, weights, static, sharded, axis):
+    """What label smoothing adds to the loss of each position, and to its gradient by the logits:
+
+        ε (Y[y] − mean Y) + Σ λ ε (lse_c(y) − mean of lse_c over the level's clusters)
+
+    The arguments are those of `_losses_and_gradient`.
+    """
+    devices = jax.lax.psum(1, VOCAB_AXIS) if sharded else 1
+    everywhere = functools.partial(jax.lax.psum, axis_name=VOCAB_AXIS) if sharded else lambda x: x
+    num_codes = logits.shape[axis]
+    code = jax.lax.broadcasted_iota(jnp.int32, logits.shape, axis)
+    value, gradient = jnp.zeros(targets.shape), jnp.zeros(logits.shape)
+    for size, weight in [(1, 1.0), *zip(static.sizes, weights, strict=True)]:
+        grouped = logits.reshape(*logits.shape[:axis], -1, size, *logits.shape[axis + 1 :])
+        # Relative to each cluster's own highest: most are far below the highest of all.
+        top = jnp.max(grouped, axis=axis + 1, keepdims=True)
+        powers = jnp.exp(grouped - top)
+        sums = jnp.sum(powers, axis=axis + 1, keepdims=True)
+        cluster_lse = jnp.squeeze(top + jnp.log(sums), axis + 1)
+        own = jax.lax.broadcasted_iota(jnp.int32, cluster_lse.shape, axis) == jnp.expand_dims(targets // size, axis)
+        own &= jnp.expand_dims((targets >= 0) & (targets < num_codes), axis)
+        number = devices * num_codes // size
+        value += weight * everywhere(jnp.sum(jnp.where(own, cluster_lse, 0.0) - cluster_lse / number, axis=axis))
+        inside = (code // size == jnp.expand_dims(targets // size, axis)).astype(jnp.float32)
+        gradient += weight * (powers / sums).reshape(logits.shape) * (inside - 1.0 / number)
+    return static.label_smoothing * value, static.label_smoothing * gradient
 
 
 def reference(logits: Float[Array, "*B V"], targets: Int[Array, "*B"], cluster_sizes: Sequence[int]) -> Losses:

@@ -1,10 +1,12 @@
 """The implementations of attention, by name, and which of them a platform runs.
 
-Each takes queries, keys and values that are not turned yet, the rotary table of their positions, and a block size, and
-gives softmax(q k^T / sqrt(K)) v over the positions up to each one's own, in the dtype of the queries. Scores are
-float32 everywhere. Kernels run under `shard_map`, each device with its rows and heads.
+Each takes queries, keys and values that are not turned yet, the rotary table of their positions (None turns nothing), a
+block size, and whether a position sees those up to its own or all, and gives softmax(q k^T / sqrt(K)) v over what it
+sees, in the dtype of the queries. Scores are float32 everywhere. Kernels run under `shard_map`, each device with its
+rows and heads.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,13 +17,20 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from iar_jax.models import attention_fused, attention_splash
-from iar_jax.models.attention_blocks import causal_attention
+from iar_jax.models.attention_blocks import attention_in_blocks
 from iar_jax.models.rope import apply_rope
 from iar_jax.runtime import sharding
 from iar_jax.runtime.errors import UserError
 
 Attend = Callable[
-    [Float[Array, "B T H K"], Float[Array, "B T H2 K"], Float[Array, "B T H2 K"], Float[Array, "T half 2"], int],
+    [
+        Float[Array, "B T H K"],
+        Float[Array, "B T H2 K"],
+        Float[Array, "B T H2 K"],
+        Float[Array, "T half 2"] | None,
+        int,
+        bool,
+    ],
     Float[Array, "B T H K"],
 ]
 
@@ -40,8 +49,8 @@ class Attention(NamedTuple):
     """An implementation.
 
     Attributes:
-        attend: (q, k, v, rope, block_size) -> output; H is a multiple of H2, and consecutive query heads share a head
-            of keys and values.
+        attend: (q, k, v, rope, block_size, causal) -> output; H is a multiple of H2, and consecutive query heads share
+            a head of keys and values.
         platform: the only one that it is for; "" is any.
         why_not: what keeps it from running in a case of its platform; None where it can.
     """
@@ -51,15 +60,15 @@ class Attention(NamedTuple):
     why_not: Callable[[Case], str | None] = lambda case: None
 
 
-def blocks(q, k, v, rope, block_size):
-    return causal_attention(apply_rope(q, rope), apply_rope(k, rope), v, block_size)
+def blocks(q, k, v, rope, block_size, causal):
+    return attention_in_blocks(*turned(q, k, rope), v, block_size, causal)
 
 
-def splash(q, k, v, rope, block_size):
-    return on_mesh(attention_splash.attend, apply_rope(q, rope), apply_rope(k, rope), v)
+def splash(q, k, v, rope, block_size, causal):
+    return on_mesh(functools.partial(attention_splash.attend, causal=causal), *turned(q, k, rope), v)
 
 
-def cudnn(q, k, v, rope, block_size):
+def cudnn(q, k, v, rope, block_size, causal):
     head_dim = q.shape[-1]
     padding = -head_dim % 8
 
@@ -67,20 +76,25 @@ def cudnn(q, k, v, rope, block_size):
         # Causal by name: with a mask, cuDNN's gradients are wrong at some lengths.
         out = jax.nn.dot_product_attention(
             *(jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, padding))) for x in arrays),
-            is_causal=True,
+            is_causal=causal,
             scale=head_dim**-0.5,
             implementation="cudnn",
         )
         return out[..., :head_dim]
 
-    return on_mesh(attend, apply_rope(q, rope), apply_rope(k, rope), v)
+    return on_mesh(attend, *turned(q, k, rope), v)
 
 
-def fused(q, k, v, rope, block_size):
+def fused(q, k, v, rope, block_size, causal):
     def attend(*arrays):
-        return attention_fused.attend(*arrays, rope, block_size)
+        return attention_fused.attend(*arrays, rope, block_size, causal)
 
     return on_mesh(attend, q, k, v)
+
+
+def turned(q, k, rope):
+    """Queries and keys after the rotary embedding, where there is one."""
+    return (q, k) if rope is None else (apply_rope(q, rope), apply_rope(k, rope))
 
 
 def on_mesh(attend: Callable, *arrays: Float[Array, "B T _ K"]) -> Float[Array, "B T H K"]:
@@ -153,9 +167,9 @@ def choose(kind: str, case: Case) -> Choice:
     return Choice(able[0], "; ".join(told))
 
 
-def attend(kind: str, q, k, v, rope, block_size: int) -> Float[Array, "B T H K"]:
+def attend(kind: str, q, k, v, rope, block_size: int, *, causal: bool) -> Float[Array, "B T H K"]:
     """Attention by the implementation that `kind` means on the platform of the mesh in force."""
     case = Case(sharding.platform(), q.dtype, q.shape[-1], q.shape[1])
     chosen = ATTENTIONS[choose(kind, case).name]
     assert chosen is not None
-    return chosen.attend(q, k, v, rope, block_size)
+    return chosen.attend(q, k, v, rope, block_size, causal)

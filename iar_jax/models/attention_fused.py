@@ -1,4 +1,4 @@
-"""Rotary embedding and causal attention in one kernel for TPUs, on heads as the projections leave them.
+"""Rotary embedding and attention in one kernel for TPUs, on heads as the projections leave them.
 
 XLA would turn queries and keys, and move heads before positions, by passes over memory that cost more than attention
 itself where heads are narrower than the 128 numbers of a vector's row: a kernel that wants heads first gets them padded
@@ -32,13 +32,14 @@ def attend(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H2 K"],
     v: Float[Array, "B T H2 K"],
-    rope: Float[Array, "T half 2"],
+    rope: Float[Array, "T half 2"] | None,
     block_size: int,
+    causal: bool,
 ) -> Float[Array, "B T H K"]:
-    """Causal attention of queries and keys that are not turned yet; off TPUs the kernel is interpreted.
+    """Attention of queries and keys that are not turned yet; off TPUs the kernel is interpreted.
 
     Heads are padded with zeros to a divisor or a multiple of 128 dimensions (3B's have 100), and their number to fill
-    the last 128. Queries are taken `block_size` at a time, with the keys up to their own end.
+    the last 128. Queries are taken `block_size` at a time, with all keys or (causal) those up to their own end.
     """
     batch, length, num_heads, head_dim = q.shape
     group = num_heads // k.shape[2]
@@ -47,8 +48,12 @@ def attend(
     heads_together = max(1, LANES // wide)
     padding = ((0, 0), (0, 0), (0, -num_heads % heads_together), (0, wide - head_dim))
     columns = [jnp.pad(x, padding).reshape(batch, length, -1) for x in (q, k, v)]
-    cos, sin = turning_tables(jnp.pad(rope, ((0, 0), (0, (wide - head_dim) // 2), (0, 0))), heads_together)
-    static = Static(wide, head_dim**-0.5, block_size, sharding.platform() != "tpu")
+    if rope is None:  # angles of zero
+        rope = jnp.stack([jnp.ones((length, wide // 2)), jnp.zeros((length, wide // 2))], axis=-1)
+    else:
+        rope = jnp.pad(rope, ((0, 0), (0, (wide - head_dim) // 2), (0, 0)))
+    cos, sin = turning_tables(rope, heads_together)
+    static = Static(wide, head_dim**-0.5, block_size, causal, sharding.platform() != "tpu")
     out = rotary_attention(*columns, cos, sin, static)
     return out.reshape(batch, length, -1, wide)[:, :, :num_heads, :head_dim]
 
@@ -59,7 +64,12 @@ class Static(NamedTuple):
     head_dim: int
     scale: float
     block_size: int
+    causal: bool
     interpret: bool
+
+    def blocks(self, length: int) -> list[tuple[int, int, int]]:
+        """(first query, end of the queries, end of the keys that they see) of each block."""
+        return [(start, stop, stop if self.causal else length) for start, stop in blocks(length, self.block_size)]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -87,7 +97,7 @@ def run(kernel, static: Static, cos, sin, *arrays, products: int, outputs: int):
     one = pl.BlockSpec((1, length, columns), lambda row, group: (row, 0, group))
     table = pl.BlockSpec((length, columns), lambda row, group: (0, 0))
     heads = batch * width // static.head_dim
-    scores = heads * sum((stop - start) * stop for start, stop in blocks(length, static.block_size))
+    scores = heads * sum((stop - start) * seen for start, stop, seen in static.blocks(length))
     cost = pl.CostEstimate(
         flops=2 * products * scores * columns,
         transcendentals=scores,
@@ -109,12 +119,12 @@ def run(kernel, static: Static, cos, sin, *arrays, products: int, outputs: int):
 def forward_kernel(cos, sin, q, k, v, out, *, static: Static):
     turned_q, turned_k = turned_pair(q[0], k[0], cos[...], sin[...], static)
     values = v[0]
-    for start, stop in blocks(values.shape[0], static.block_size):
+    for start, stop, seen in static.blocks(values.shape[0]):
         rows = turned_q[start:stop]
         mixed = jnp.zeros(rows.shape, jnp.float32)
         for own in heads_of(rows.shape, static.head_dim):
-            weights, total = weights_of(only(own, rows), turned_k[:stop], start)
-            mixed = jnp.where(own, product(weights.astype(values.dtype), values[:stop], (1, 0)) / total, mixed)
+            weights, total = weights_of(only(own, rows), turned_k[:seen], start, static.causal)
+            mixed = jnp.where(own, product(weights.astype(values.dtype), values[:seen], (1, 0)) / total, mixed)
         out[0, start:stop] = mixed.astype(out.dtype)
 
 
@@ -123,22 +133,22 @@ def backward_kernel(cos, sin, q, k, v, gradient, dq, dk, dv, *, static: Static):
     values, g, dtype = v[0], gradient[0], q.dtype
     length, columns = values.shape
     dkeys = dvalues = jnp.zeros((length, columns), jnp.float32)
-    for start, stop in reversed(blocks(length, static.block_size)):
+    for start, stop, seen in reversed(static.blocks(length)):
         rows, g_rows = turned_q[start:stop], g[start:stop]
         dqueries = jnp.zeros(rows.shape, jnp.float32)
-        dkeys_here = dvalues_here = jnp.zeros((stop, columns), jnp.float32)
+        dkeys_here = dvalues_here = jnp.zeros((seen, columns), jnp.float32)
         for own in heads_of(rows.shape, static.head_dim):
             own_rows, own_g = only(own, rows), only(own, g_rows)
-            weights, total = weights_of(own_rows, turned_k[:stop], start)
+            weights, total = weights_of(own_rows, turned_k[:seen], start, static.causal)
             weights = weights / total
-            dweights = product(own_g, values[:stop], (1, 1))
+            dweights = product(own_g, values[:seen], (1, 1))
             mean = jnp.sum(weights * dweights, axis=1, keepdims=True)
             dscores = (weights * (dweights - mean)).astype(dtype)
             dvalues_here += product(weights.astype(dtype), own_g, (0, 0))
             dkeys_here += product(dscores, own_rows, (0, 0))
-            dqueries = jnp.where(own, product(dscores, turned_k[:stop], (1, 0)), dqueries)
+            dqueries = jnp.where(own, product(dscores, turned_k[:seen], (1, 0)), dqueries)
         dq[0, start:stop] = turned(dqueries * static.scale, cos[start:stop], -sin[start:stop]).astype(dtype)
-        later = ((0, length - stop), (0, 0))
+        later = ((0, length - seen), (0, 0))
         dkeys, dvalues = dkeys + jnp.pad(dkeys_here, later), dvalues + jnp.pad(dvalues_here, later)
     dk[0] = turned(dkeys, cos[...], -sin[...]).astype(dtype)
     dv[0] = dvalues.astype(dtype)
@@ -167,11 +177,12 @@ def only(own, x):
     return jnp.where(own, x, jnp.zeros_like(x))
 
 
-def weights_of(queries, keys, start: int):
-    """exp(scores - their highest), and their sums, of the queries from `start` on with the keys up to their end."""
+def weights_of(queries, keys, start: int, causal: bool):
+    """exp(scores - their highest), and their sums, of the queries from `start` on with these keys."""
     scores = product(queries, keys, (1, 1))
-    query = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0) + start
-    scores = jnp.where(jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1) <= query, scores, HIDDEN)
+    if causal:
+        query = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0) + start
+        scores = jnp.where(jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1) <= query, scores, HIDDEN)
     weights = jnp.exp(scores - jnp.max(scores, axis=1, keepdims=True))
     return weights, jnp.sum(weights, axis=1, keepdims=True)
 

@@ -67,22 +67,67 @@ def test_value_and_gradients_are_those_of_the_plain_form(seed, num_chunks, clust
     check(fused, through(lambda h, w: plain_loss(h, w, targets, levels), hidden, head), scale)
 
 
-def float64_gradients(hidden, head, targets, levels, shares):
-    """The loss and its gradients by the formula of the module, in numpy's float64."""
-    hidden, head, targets, shares = (np.asarray(x, np.float64) for x in (hidden, head, targets, shares))
-    logits = hidden @ head
+def float64_gradients(hidden, head, targets, levels, shares, bias=0.0, other=None, smoothing=0.0):
+    """The loss and its gradients by hidden, head, bias and the other class' logit, in numpy's float64, from target
+    distributions over codes and clusters that are written out."""
+    hidden, head, shares, bias = (np.asarray(x, np.float64) for x in (hidden, head, shares, bias))
+    logits, targets = hidden @ head + bias, np.asarray(targets)
+    if other is not None:
+        logits = np.concatenate([logits, np.asarray(other, np.float64)[..., None]], axis=-1)
+    vocab = head.shape[1]
     p = np.exp(logits - logits.max(axis=-1, keepdims=True))
     p /= p.sum(axis=-1, keepdims=True)
-    ids = np.arange(head.shape[1])
-    hit = ids == targets[..., None]
-    each, gradient = -np.log((p * hit).sum(axis=-1)), (1 + sum(w for _, w in levels)) * p - hit
-    for size, weight in levels:
-        inside = ids // size == targets[..., None] // size
-        own = (p * inside).sum(axis=-1, keepdims=True)
-        each -= weight * np.log(own[..., 0])
-        gradient -= weight * inside * p / own
+    each, gradient = 0.0, 0.0
+    for size, weight in [(1, 1.0), *levels]:
+        number = vocab // size
+        cluster = np.minimum(np.arange(logits.shape[-1]) // size, number)
+        wanted = (1 - smoothing) * (np.arange(number) == targets[..., None] // size) + smoothing / number
+        if other is not None:
+            wanted = np.concatenate([wanted, np.zeros((*wanted.shape[:-1], 1))], axis=-1)
+        sums = np.stack([p[..., cluster == c].sum(axis=-1) for c in range(wanted.shape[-1])], axis=-1)
+        each -= weight * (wanted * np.log(sums)).sum(axis=-1)
+        gradient += weight * (p - wanted[..., cluster] * p / sums[..., cluster])
     gradient *= shares[..., None]
-    return (shares * each).sum(), gradient @ head.T, np.einsum("bld,blv->dv", hidden, gradient)
+    by_codes = gradient[..., :vocab]
+    grads = by_codes @ head.T, np.einsum("bld,blv->dv", hidden, by_codes), by_codes.sum(axis=(0, 1))
+    return (shares * each).sum(), *grads, gradient[..., vocab:]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("with_other", [False, True])
+@pytest.mark.parametrize("sizes", [(4,), (2, 8, 16)])
+@pytest.mark.parametrize("scale", [0.3, 30.0])
+def test_bias_smoothing_and_a_class_that_is_no_code(smoothing, with_other, sizes, scale):
+    # At 30 most clusters are far below the float32 range of the highest logit's exponential.
+    hidden, head, targets = problem(5, scale=scale)
+    rng = np.random.default_rng(6)
+    bias = jnp.asarray(scale * rng.standard_normal(head.shape[1]), jnp.float32)
+    other = jnp.asarray(3 * scale * rng.standard_normal(targets.shape), jnp.float32) if with_other else None
+    weights = rng.random(targets.shape).astype(np.float32)
+    levels = levels_of(sizes)
+
+    def loss(h, w, b, o):
+        return cluster_loss(
+            h, w, targets, levels, bias=b, other_logits=o, label_smoothing=smoothing,
+            position_weights=jnp.asarray(weights), num_chunks=3,
+        )  # fmt: skip
+
+    arguments = (0, 1, 2, 3) if with_other else (0, 1, 2)
+    (found, losses), grads = jax.value_and_grad(loss, arguments, has_aux=True)(hidden, head, bias, other)
+    expected, *expected_grads = float64_gradients(
+        hidden, head, targets, levels, weights / weights.sum(), bias, other, smoothing
+    )
+    np.testing.assert_allclose(found, expected, rtol=4e-6)
+    expected_grads[3] = expected_grads[3][..., 0] if with_other else None
+    for ours, theirs in zip(grads, expected_grads, strict=False):
+        np.testing.assert_allclose(ours, theirs, atol=3e-6 * max(1.0, scale) * np.abs(theirs).max())
+    # What is measured is without smoothing, and the other class counts against a hit.
+    logits = np.asarray(hidden @ head + bias)
+    best = logits.argmax(axis=-1)
+    hits = (best == np.asarray(targets)) & (True if other is None else logits.max(axis=-1) >= np.asarray(other))
+    np.testing.assert_array_equal(losses.token_hit, hits)
+    plain, *_ = float64_gradients(hidden, head, targets, [], weights / weights.sum(), bias, other)
+    np.testing.assert_allclose(np.sum(weights * losses.token_loss) / weights.sum(), plain, rtol=4e-6)
 
 
 @pytest.mark.parametrize("mean_of_rows", [False, True])
@@ -103,6 +148,7 @@ def test_positions_count_as_they_are_weighted(mean_of_rows, sizes):
 
     (found, _), grads = through(loss, hidden, head)
     expected, *expected_grads = float64_gradients(hidden, head, targets, levels, shares)
+    expected_grads = expected_grads[:2]
     np.testing.assert_allclose(found, expected, rtol=2e-6)
     for ours, theirs in zip(grads, expected_grads, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=3e-6 * np.abs(theirs).max())
@@ -126,6 +172,25 @@ def test_where_nothing_counts_the_loss_is_zero():
         )
         assert loss == 0.0
         assert all(np.all(np.asarray(g) == 0.0) for g in grads)
+
+
+@pytest.mark.parametrize("mesh_sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_every_mesh_gives_the_same_with_a_bias_and_another_class(mesh_sizes, smoothing):
+    hidden, head, targets = problem(0)
+    rng = np.random.default_rng(2)
+    bias = jnp.asarray(rng.standard_normal(head.shape[1]), jnp.float32)
+    other = jnp.asarray(rng.standard_normal(targets.shape), jnp.float32)
+
+    def loss(h, w, b, o):
+        return cluster_loss(
+            h, w, targets, [(2, 0.7), (4, 0.4)], bias=b, other_logits=o, label_smoothing=smoothing, num_chunks=3
+        )
+
+    step = jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True)
+    alone = step(hidden, head, bias, other)
+    with sharding.use_mesh(sharding.make_mesh(*mesh_sizes)):
+        check(jax.jit(step)(hidden, head, bias, other), alone)
 
 
 @pytest.mark.parametrize("mesh_sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)])

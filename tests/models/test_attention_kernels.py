@@ -21,18 +21,20 @@ def problem(side, heads, kv_heads, head_dim, rows=2):
     return q, k, v, g, rope_table(side, head_dim)[:length]
 
 
-def in_float64(q, k, v, rope):
+def in_float64(q, k, v, rope, causal=True):
     """Softmax attention of turned queries and keys, one mask over all positions; differentiable."""
-    pairs = [x.reshape(*x.shape[:-1], -1, 2) for x in (q, k)]
-    cos, sin = rope[:, None, :, 0], rope[:, None, :, 1]
-    q, k = (
-        jnp.stack([x[..., 0] * cos - x[..., 1] * sin, x[..., 1] * cos + x[..., 0] * sin], -1).reshape(y.shape)
-        for x, y in zip(pairs, (q, k), strict=True)
-    )
+    if rope is not None:
+        pairs = [x.reshape(*x.shape[:-1], -1, 2) for x in (q, k)]
+        cos, sin = rope[:, None, :, 0], rope[:, None, :, 1]
+        q, k = (
+            jnp.stack([x[..., 0] * cos - x[..., 1] * sin, x[..., 1] * cos + x[..., 0] * sin], -1).reshape(y.shape)
+            for x, y in zip(pairs, (q, k), strict=True)
+        )
     group = q.shape[2] // k.shape[2]
     k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
     scores = jnp.einsum("bthk,bshk->bhts", q, k) / np.sqrt(q.shape[-1])
-    scores = jnp.where(np.tri(scores.shape[-1], dtype=bool), scores, -jnp.inf)
+    if causal:
+        scores = jnp.where(np.tri(scores.shape[-1], dtype=bool), scores, -jnp.inf)
     return jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(scores, axis=-1), v)
 
 
@@ -46,19 +48,34 @@ CASES = [(4, 2, 2, 64), (12, 4, 2, 32), (12, 2, 2, 100), (18, 3, 3, 64)]
 
 @pytest.mark.parametrize("name", ["blocks", "fused", "splash"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_each_is_softmax_attention_of_turned_heads(name, case):
+@pytest.mark.parametrize("causal", [True, False])
+def test_each_is_softmax_attention_of_turned_heads(name, case, causal):
     q, k, v, g, rope = problem(*case)
     with jax.enable_x64(True):
         exact = with_gradients(
-            lambda *a: in_float64(*a, rope.astype(np.float64)),
+            lambda *a: in_float64(*a, rope.astype(np.float64), causal),
             [jnp.asarray(x, jnp.float64) for x in (q, k, v)],
             jnp.asarray(g, jnp.float64),
         )
         exact = [np.asarray(x) for x in exact]
     attend = attention.ATTENTIONS[name].attend
-    found = with_gradients(lambda *a: attend(*a, jnp.asarray(rope), 64), [jnp.asarray(x) for x in (q, k, v)], g)
+    found = with_gradients(lambda *a: attend(*a, jnp.asarray(rope), 64, causal), [jnp.asarray(x) for x in (q, k, v)], g)
     for ours, theirs in zip(found, exact, strict=True):
         # Sums of up to 324 float32 products and exponentials, some hundred roundings of 2^-24.
+        np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("name", ["blocks", "fused", "splash"])
+@pytest.mark.parametrize("head_dim", [32, 85, 100])
+def test_each_sees_everything_of_heads_that_are_not_turned(name, head_dim):
+    # A square and a register, as masked models have them: a length that nothing divides.
+    arrays = [np.random.default_rng(i).standard_normal((2, 145, 3, head_dim)).astype(np.float32) for i in range(4)]
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(x, jnp.float64) for x in arrays]
+        exact = [np.asarray(x) for x in with_gradients(lambda *a: in_float64(*a, None, False), wide[:3], wide[3])]
+    attend = attention.ATTENTIONS[name].attend
+    q, k, v, g = map(jnp.asarray, arrays)
+    for ours, theirs in zip(with_gradients(lambda *a: attend(*a, None, 64, False), [q, k, v], g), exact, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max())
 
 
@@ -70,7 +87,7 @@ def test_each_is_the_same_on_a_mesh(name, shape):
     arrays = [jnp.asarray(x) for x in (q, k, v)]
 
     def run(*a):
-        return with_gradients(lambda *b: attend(*b, jnp.asarray(rope), 16), a, g)
+        return with_gradients(lambda *b: attend(*b, jnp.asarray(rope), 16, True), a, g)
 
     alone = run(*arrays)
     with sharding.use_mesh(sharding.mesh_of(jax.devices()[: np.prod(shape)], shape)):
@@ -82,7 +99,7 @@ def test_each_is_the_same_on_a_mesh(name, shape):
 def test_one_row_runs_on_a_mesh_that_does_not_divide_it():
     q, k, v, _, rope = problem(4, 4, 4, 32, rows=1)
     with sharding.use_mesh(sharding.mesh_of(jax.devices()[:8], (8, 1, 1))):
-        found = jax.jit(attention.fused, static_argnums=4)(q, k, v, rope, 16)
+        found = jax.jit(attention.fused, static_argnums=(4, 5))(q, k, v, rope, 16, True)
     turned_q, turned_k = (apply_rope(jnp.asarray(x), jnp.asarray(rope)) for x in (q, k))
     expected = jax.nn.dot_product_attention(turned_q, turned_k, jnp.asarray(v), is_causal=True)
     np.testing.assert_allclose(found, expected, atol=3e-6)
@@ -160,7 +177,7 @@ def test_cudnn_is_called_without_a_mask(monkeypatch, head_dim):
     monkeypatch.setattr(library, "check_compute_capability", lambda capability: True)
     q, k, v, _, rope = problem(24, 2, 2, head_dim)
     arrays = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)]
-    lowered = jax.jit(lambda *a: attention.cudnn(*a, jnp.asarray(rope), 0)).trace(*arrays)
+    lowered = jax.jit(lambda *a: attention.cudnn(*a, jnp.asarray(rope), 0, True)).trace(*arrays)
     text = lowered.lower(lowering_platforms=("cuda",)).as_text()
     assert "__cudnn$fmhaSoftmax" in text
     assert "CAUSAL" in text

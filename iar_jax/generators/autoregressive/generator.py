@@ -11,12 +11,13 @@ from jaxtyping import Array, Float, Int, Key
 
 from iar_jax.config.checks import divisors_near
 from iar_jax.generators.autoregressive.decoding import generate
-from iar_jax.generators.autoregressive.transformer import Transformer, swiglu_hidden_dim
+from iar_jax.generators.autoregressive.transformer import Transformer
 from iar_jax.generators.code_layout import CodeLayout
 from iar_jax.generators.guidance import is_guided
 from iar_jax.generators.settings import NO_OBJECTIVE, Facts, Objective, SamplingSettings, Work
 from iar_jax.losses.cluster_loss import cluster_loss
 from iar_jax.models.attention import Case, choose
+from iar_jax.models.layers import swiglu_hidden_dim
 from iar_jax.runtime.errors import UserError
 from iar_jax.runtime.section import Section
 

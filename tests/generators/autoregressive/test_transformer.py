@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from iar_jax.generators.autoregressive.transformer import Dropout, Transformer, swiglu_hidden_dim
+from iar_jax.generators.autoregressive.transformer import Transformer
 from iar_jax.interop.llamagen import load_transformer
 from iar_jax.losses.cluster_loss import reference
+from iar_jax.models.layers import Dropout, swiglu_hidden_dim
 from iar_jax.models.rope import apply_rope, rope_table
 
 # FACTS of the public models: name, layers, heads, width, exact number of parameters.

@@ -1,0 +1,80 @@
+"""What the layers of all transformers are made of."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from iar_jax.models.remat import KEPT
+
+
+def swiglu_hidden_dim(dim: int) -> int:
+    """Hidden width of the feed-forward block: two thirds of 4 * dim, up to a multiple of 256."""
+    return -(-int(2 * 4 * dim / 3) // 256) * 256
+
+
+def partitioned(init, *axes: str | None):
+    return nn.with_logical_partitioning(init, axes)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) in float32, cast back, times a weight."""
+
+    epsilon: float
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        weight = self.param("weight", partitioned(nn.initializers.ones, "norm"), (x.shape[-1],))
+        x32 = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
+        normed = x32 * checkpoint_name(inverse, KEPT)
+        return normed.astype(self.dtype) * weight.astype(self.dtype)
+
+
+class Dropout(nn.Module):
+    """Dropout that is on where a "dropout" key is given and the rate is above zero.
+
+    `shared_axes` share one draw: (1, 2) drops whole rows, which is drop-path. Draws have 16 bits, two from each random
+    word, for the words are what dropout costs; the rate is off by 2 ** -17 at most, and the scale is that of the rate
+    drawn.
+    """
+
+    rate: float
+    shared_axes: tuple[int, ...] = ()
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        if self.rate == 0.0 or not self.has_rng("dropout"):
+            return x
+        batch, length, dim = (1 if axis in self.shared_axes else size for axis, size in enumerate(x.shape))
+        words = jax.random.bits(self.make_rng("dropout"), (batch, -(-length // 2), dim), jnp.uint32)
+        draws = jnp.concatenate([words & 0xFFFF, words >> 16], axis=1)[:, :length]
+        dropped = round(self.rate * 2**16)
+        stays = checkpoint_name(draws >= dropped, KEPT)
+        return jnp.where(stays, x * (2**16 / (2**16 - dropped)), 0.0).astype(x.dtype)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x); w1 and w3 are one array [D, 2, F]."""
+
+    hidden_dim: int
+    init_std: float
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        dim = x.shape[-1]
+        init = nn.initializers.normal(self.init_std)
+        w13 = self.param("w13", partitioned(init, "embed", "gate", "hidden"), (dim, 2, self.hidden_dim))
+        w2 = self.param("w2", partitioned(init, "hidden", "embed"), (self.hidden_dim, dim))
+        tokens = x.reshape(-1, dim)
+
+        def half(weights):
+            out = nn.with_logical_constraint(tokens @ weights.astype(self.dtype), ("batch", "hidden"))
+            return checkpoint_name(out, KEPT)
+
+        hidden = nn.silu(half(w13[:, 0])) * half(w13[:, 1])
+        return (hidden @ w2.astype(self.dtype)).reshape(x.shape)
