@@ -28,7 +28,7 @@ from iar_jax.data.codes import permutation_fingerprint, read_permutation
 from iar_jax.generators.code_layout import CodeLayout
 from iar_jax.generators.generator import Generator, generator_directory, load_generator
 from iar_jax.generators.settings import Facts
-from iar_jax.interop import llamagen
+from iar_jax.interop import llamagen, maskgit
 from iar_jax.interop.torch_files import read_torch_file
 from iar_jax.models.tokenizer import load_tokenizer
 from iar_jax.models.vqgan import VQModel
@@ -41,8 +41,11 @@ READS = ("seed", "inputs", "mesh", "data", "tokenizer", "codebook", "model")
 
 
 # Weights of each kind of generator: (file, config.model, facts) -> generator and parameters; (parameters, file).
-READERS = {"autoregressive": llamagen.read_generator}
-WRITERS = {"autoregressive": llamagen.save_transformer}
+READERS: dict[str, Callable[..., tuple[Generator, Any]]] = {
+    "autoregressive": llamagen.read_generator,
+    "masked": maskgit.read_generator,
+}
+WRITERS = {"autoregressive": llamagen.save_transformer, "masked": maskgit.save_generator}
 
 
 def define_flags() -> None:
@@ -51,7 +54,7 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "mapping", None, "IAR's mapping of original to rearranged ids; without it ids stay as they are."
     )
-    flags.DEFINE_string("transformer", None, "LlamaGen or IAR transformer.")
+    flags.DEFINE_string("transformer", None, "LlamaGen, IAR or Halton-MaskGIT transformer, as config.model.kind says.")
     flags.DEFINE_boolean(
         "rearrange",
         False,
@@ -273,7 +276,7 @@ def check_free(directory: epath.Path) -> None:
 
 
 def export_transformer(config: ConfigDict, workdir: epath.Path, path: str) -> None:
-    """Writes a transformer as LlamaGen's own code loads it. One of ours predicts rearranged ids: it goes with the
+    """Writes a transformer as the code that it is from loads it. One of ours predicts rearranged ids: it goes with the
     rearranged tokenizer."""
     directory = generator_directory(config.inputs, workdir)
     loaded = load_generator(directory, sharding.make_mesh(**config.mesh))

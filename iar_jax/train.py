@@ -188,7 +188,7 @@ def make_step(
             f"config.training.cluster_weights is {tuple(section.cluster_weights)}, and the codebook has clusters of "
             f"{cluster_sizes}: give one weight for each size"
         )
-    generator = build_generator(config.model, facts, Objective(cluster_sizes, section.loss_chunks))
+    generator = build_generator(config.model, facts, Objective.of(section, cluster_sizes))
     sharding.check_divides(mesh, generator.splits)
     optimizer = optimizer_of(section, generator.decays)
     train_step = generator_steps.make_train_step(

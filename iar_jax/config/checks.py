@@ -91,7 +91,7 @@ def _check_together(config: ConfigDict) -> None:
     """What fields allow each other."""
     _check_levels(config, config.tokenizer.codebook_size)
     # A kind checks its own fields.
-    table(KINDS)[config.model.kind].check(config.model)
+    table(KINDS)[config.model.kind].check(config)
     _check_resolution(config)
     for name in ("tokenizer_training", "training"):
         _check_run(name, config[name])

@@ -31,6 +31,8 @@ DEVICES = Integers(1, also=(-1,))
 # The kinds of generators.
 KINDS = "iar_jax.generators.generator:KINDS"
 
+MASK_SCHEDULES = "iar_jax.generators.masked.masking:SCHEDULES"
+
 # A schedule may change as long as no step done so far would have been another.
 SCHEDULED = "iar_jax.training.schedules:differs_so_far"
 
@@ -256,6 +258,12 @@ SECTIONS: dict[str, Any] = {
         "drop_path_rate": Field(0.0, "Share of whole blocks that are left out.", SHARE),
         "class_dropout_rate": Field(0.1, "Share of labels that become the null class, for guidance.", SHARE),
         "dtype": Field("float32", "Of activations and matrix products; parameters are float32.", DTYPES),
+        "num_registers": Field(1, "Of masked models: positions behind the codes that are none.", COUNT_OR_NONE),
+        "mask_output": Field(
+            False,
+            "Of masked models: the mask is a class of the head too, as in Halton-MaskGIT's weights; no target is it.",
+            Switch(),
+        ),
         "remat": Field(
             "none",
             "What the backward pass recomputes: none; layer, whole layers, a third more work for the least memory; "
@@ -292,6 +300,27 @@ SECTIONS: dict[str, Any] = {
             "Parts that the head and the loss take the positions in: less memory for large codebooks.",
             COUNT,
             matters=False,
+        ),
+        "label_smoothing": Field(
+            0.0, "Share of the target that is spread over all codes, and over all clusters.", Numbers(0.0, 1.0)
+        ),
+        "mean_of_pictures": Field(
+            False, "Each picture counts alike in the loss, however many of its positions count.", Switch()
+        ),
+        "mask_schedule": Field(
+            "arccos",
+            "Of masked models: the share of positions that is masked, from an even draw: arccos, Halton-MaskGIT's and "
+            "TiTok's; cosine, MaskGIT's; linear, square, cubic, root, log, exp.",
+            Choices(MASK_SCHEDULES),
+        ),
+        "mask_draw": Field(
+            "independent",
+            "Of masked models: independent, each position by itself (Halton-MaskGIT); counted, as many as the share "
+            "says (MaskGIT, TiTok).",
+            Choices("iar_jax.generators.masked.masking:DRAWS"),
+        ),
+        "unmasked_weight": Field(
+            1.0, "Of masked models: what positions that are not masked count in the loss; 0 is nothing.", WEIGHT
         ),
         "cluster_weights": Field(
             (1.0,),
@@ -343,6 +372,24 @@ SECTIONS: dict[str, Any] = {
         "top_k": Field(0, "Draw among so many most probable codes; 0 is all.", COUNT_OR_NONE),
         "top_p": Field(
             1.0, "Draw among the most probable codes that add up to this probability.", Numbers(0.0, 1.0, False, True)
+        ),
+        "mask_steps": Field(32, "Of masked models: passes in which all codes are set.", COUNT),
+        "mask_order": Field(
+            "halton_rolled",
+            "Of masked models: halton, along the Halton sequence; halton_rolled, from a place of it that is drawn for "
+            "each picture; confidence, the most probable draws first.",
+            Choices("iar_jax.generators.masked.sampling:ORDERS"),
+        ),
+        "mask_schedule": Field(
+            "arccos",
+            "Of masked models: the share of positions that is masked still; see training.mask_schedule.",
+            Choices(MASK_SCHEDULES),
+        ),
+        "mask_noise": Field(
+            0.0, "Of the order confidence: Gumbel noise on log-probabilities at the first pass; it fades.", WEIGHT
+        ),
+        "mask_temperature_end": Field(
+            0.0, "Of masked models: the temperature of the last pass; 0 is temperature, the first pass'.", WEIGHT
         ),
         "seed": Field(0, "Image i depends on it and i alone.", SEED),
         "image_size": Field(

@@ -13,15 +13,12 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
+from ml_collections import ConfigDict
 
 from iar_jax.config.fields import defaults
-from iar_jax.generators.autoregressive.generator import (
-    build_autoregressive,
-    check_autoregressive,
-    implementation,
-    sampling_work,
-)
+from iar_jax.generators.autoregressive import generator as autoregressive
 from iar_jax.generators.code_layout import CodeLayout
+from iar_jax.generators.masked import generator as masked
 from iar_jax.generators.settings import NO_OBJECTIVE, Facts, Objective, SamplingSettings, Work
 from iar_jax.runtime import artifacts, checkpoint, sharding
 from iar_jax.runtime.errors import UserError, brief
@@ -85,20 +82,28 @@ class Kind(NamedTuple):
 
     Attributes:
         build: makes one of config.model, its facts and its objective.
-        check: raises UserError where fields of config.model do not go together, before anything runs.
+        check: raises UserError where fields of the config do not go together for this kind, before anything runs.
         implementation: what runs on a platform (cpu, tpu, gpu) where that is chosen by it, for the first line of a
             training; raises UserError where config.model asks for what cannot run there.
         sampling_work: what `sample` has to do at least for so many pictures on one device; None where it is not known.
     """
 
     build: Callable[[Section, Facts, Objective], Generator]
-    check: Callable[[Section], None] = lambda section: None
+    check: Callable[[ConfigDict], None] = lambda config: None
     implementation: Callable[[Section, Facts, str], str] = lambda section, facts, platform: ""
     sampling_work: Callable[[Any, int, SamplingSettings], Work] | None = None
 
 
 # config.model.kind.
-KINDS = {"autoregressive": Kind(build_autoregressive, check_autoregressive, implementation, sampling_work)}
+KINDS = {
+    "autoregressive": Kind(
+        autoregressive.build_autoregressive,
+        autoregressive.check_autoregressive,
+        autoregressive.implementation,
+        autoregressive.sampling_work,
+    ),
+    "masked": Kind(masked.build_masked, masked.check_masked, masked.implementation, masked.sampling_work),
+}
 
 
 def build_generator(section: Section, facts: Facts, objective: Objective = NO_OBJECTIVE) -> Generator:

@@ -15,6 +15,16 @@ from iar_jax.runtime.section import Section
 SAMPLING_DTYPES: dict[str, DTypeLike | None] = {"model": None, "float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
+# Fields of config.sampling that masked models alone read, and how they are said in the name of samples.
+MASKED = {
+    "mask_steps": "steps",
+    "mask_order": "",
+    "mask_schedule": "",
+    "mask_noise": "noise",
+    "mask_temperature_end": "tend",
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Facts:
     """What data and codebook say of a generator; together with config.model they describe it. Kept in its metadata.
@@ -49,11 +59,25 @@ class Objective:
 
     Attributes:
         cluster_sizes: nested levels of clusters, from the finest on.
-        loss_chunks: parts that the head and the loss take the positions in; see `losses.cluster_loss`.
+        loss_chunks, label_smoothing: see `losses.cluster_loss`.
+        mean_of_pictures: its `mean_of_rows`.
+        mask_schedule, mask_draw: how a masked model's inputs are masked; keys of `masked.masking`'s tables.
+        unmasked_weight: what its positions that are not masked count in the loss.
     """
 
     cluster_sizes: tuple[int, ...] = (1,)
     loss_chunks: int = 1
+    label_smoothing: float = 0.0
+    mean_of_pictures: bool = False
+    mask_schedule: str = "arccos"
+    mask_draw: str = "independent"
+    unmasked_weight: float = 1.0
+
+    @classmethod
+    def of(cls, section: Section, cluster_sizes: tuple[int, ...]) -> "Objective":
+        """What config.training says, of a codebook with these clusters."""
+        names = (field.name for field in dataclasses.fields(cls) if field.name != "cluster_sizes")
+        return cls(cluster_sizes, **{name: section[name] for name in names})
 
 
 # For sampling, which measures nothing.
@@ -77,6 +101,9 @@ class SamplingSettings:
         temperature: divides the guided logits; positive.
         top_k, top_p: restrict the draw; 0 and 1 leave it alone; see `guidance.draw`.
         dtype: of the computation; None is the generator's own.
+        mask_steps, mask_order, mask_schedule, mask_noise, mask_temperature_end: of masked models: passes, the order in
+            which positions are set, how many in each pass, Gumbel noise on confidences at the first pass, temperature
+            of the last pass (0 is `temperature`).
     """
 
     cfg_scale: float = 1.0
@@ -85,6 +112,11 @@ class SamplingSettings:
     top_k: int = 0
     top_p: float = 1.0
     dtype: DTypeLike | None = None
+    mask_steps: int = 32
+    mask_order: str = "halton_rolled"
+    mask_schedule: str = "arccos"
+    mask_noise: float = 0.0
+    mask_temperature_end: float = 0.0
 
     @classmethod
     def of(cls, section: Section) -> "SamplingSettings":
@@ -96,6 +128,7 @@ class SamplingSettings:
             top_k=section["top_k"],
             top_p=section["top_p"],
             dtype=SAMPLING_DTYPES[section["dtype"]],
+            **{name: section[name] for name in MASKED},
         )
 
 
@@ -122,4 +155,10 @@ def samples_name(section: Section, step: int) -> str:
     name += GUIDANCE[schedule.kind].label(schedule)
     name += f"-{section['dtype']}" if SAMPLING_DTYPES[section["dtype"]] else ""
     name += f"-{section['image_size']}px" if section["image_size"] else ""
+    own = SamplingSettings()
+    name += "".join(
+        f"-{said}{section[field] if isinstance(section[field], str) else format(section[field], 'g')}"
+        for field, said in MASKED.items()
+        if section[field] != getattr(own, field)
+    )
     return f"checkpoint-{name}" if section["step"] else name

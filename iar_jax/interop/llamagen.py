@@ -3,7 +3,6 @@
 Shapes and depths come from the file. Both directions only rename, reshape and transpose, so a round trip is exact.
 """
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +14,18 @@ from iar_jax.generators.autoregressive.generator import Autoregressive
 from iar_jax.generators.autoregressive.sizes import size_named
 from iar_jax.generators.autoregressive.transformer import Transformer
 from iar_jax.generators.settings import Facts
-from iar_jax.interop.torch_files import check_finite, read_torch_file, write_torch_file
+from iar_jax.interop.state_dicts import StateDict, check_shapes, contiguous, count, read_state_dict, require, stack
+from iar_jax.interop.torch_files import write_torch_file
 from iar_jax.models.layers import swiglu_hidden_dim
 from iar_jax.models.rope import rope_table
 from iar_jax.models.vqgan import VQModel
 from iar_jax.runtime.errors import UserError
 from iar_jax.runtime.section import Section
 
-StateDict = dict[str, np.ndarray]
-
 # Where trainers put the weights, in the order in which LlamaGen's own programs look: its sampling takes a transformer's
 # plain weights also where averaged ones are beside them, its reconstruction a tokenizer's averaged ones.
 TRANSFORMER_KEYS = ("model", "module", "state_dict", "ema")
 TOKENIZER_KEYS = ("ema", "model", "module", "state_dict")
-
-# Tensors that are not weights.
-BUFFERS = ("freqs_cis", "causal_mask")
 
 
 def load_transformer(path: str | Path, *, num_heads: int, grid_size: int, **overrides: Any) -> tuple[Transformer, Any]:
@@ -51,15 +46,15 @@ def load_transformer(path: str | Path, *, num_heads: int, grid_size: int, **over
     """
     weights = read_state_dict(path, TRANSFORMER_KEYS)
     for name, ndim in (("tok_embeddings.weight", 2), ("cls_embedding.embedding_table.weight", 2)):
-        _require(weights, path, name, ndim, "LlamaGen transformer")
+        require(weights, path, name, ndim, "LlamaGen transformer")
     vocab_size, dim = weights["tok_embeddings.weight"].shape
     num_classes = weights["cls_embedding.embedding_table.weight"].shape[0] - 1
-    num_layers = _count(weights, r"layers\.(\d+)\.")
+    num_layers = count(weights, r"layers\.(\d+)\.")
     if dim % num_heads or (dim // num_heads) % 4:
         raise UserError(f"{path}: {num_heads} heads do not divide the width {dim} into heads of a multiple of 4")
     head_dim = dim // num_heads
-    _require(weights, path, "layers.0.feed_forward.w1.weight", 2, "LlamaGen transformer")
-    _require(weights, path, "layers.0.attention.wqkv.weight", 2, "LlamaGen transformer")
+    require(weights, path, "layers.0.feed_forward.w1.weight", 2, "LlamaGen transformer")
+    require(weights, path, "layers.0.attention.wqkv.weight", 2, "LlamaGen transformer")
     hidden_dim = weights["layers.0.feed_forward.w1.weight"].shape[0]
     rows = weights["layers.0.attention.wqkv.weight"].shape[0]
     num_kv_heads, rest = divmod(rows - dim, 2 * head_dim)
@@ -68,7 +63,7 @@ def load_transformer(path: str | Path, *, num_heads: int, grid_size: int, **over
             f"{path}: layers.0.attention.wqkv.weight has {rows} rows, which {num_heads} heads of {head_dim} do not "
             "make; is num_heads another size's?"
         )
-    _check(weights, _transformer_shapes(vocab_size, num_classes, dim, hidden_dim, num_layers, rows), path)
+    check_shapes(weights, _transformer_shapes(vocab_size, num_classes, dim, hidden_dim, num_layers, rows), path)
     _check_frequencies(weights, path, grid_size, head_dim, overrides.get("rope_base", 10000.0))
 
     def take(name: str) -> np.ndarray:
@@ -95,7 +90,7 @@ def load_transformer(path: str | Path, *, num_heads: int, grid_size: int, **over
     params = {
         "class_table": take("cls_embedding.embedding_table.weight"),
         "token_table": take("tok_embeddings.weight"),
-        "layers": _stack([layer(i) for i in range(num_layers)]),
+        "layers": stack([layer(i) for i in range(num_layers)]),
         "norm": {"weight": take("norm.weight")},
         "head": take("output.weight").T,
     }
@@ -113,7 +108,7 @@ def load_transformer(path: str | Path, *, num_heads: int, grid_size: int, **over
             **overrides,
         }
     )
-    return module, _contiguous(params)
+    return module, contiguous(params)
 
 
 def read_generator(path: str | Path, section: Section, facts: Facts) -> tuple[Autoregressive, Any]:
@@ -197,7 +192,7 @@ def save_transformer(params: Any, path: str | Path) -> None:
             prefix + "ffn_norm.weight": layers["ffn_norm"]["weight"][i],
         }
     weights |= {"norm.weight": params["norm"]["weight"], "output.weight": np.asarray(params["head"]).T}
-    write_torch_file(_contiguous(weights), path)
+    write_torch_file(contiguous(weights), path)
 
 
 def load_tokenizer(path: str | Path, **overrides: Any) -> tuple[VQModel, Any]:
@@ -220,15 +215,15 @@ def load_tokenizer(path: str | Path, **overrides: Any) -> tuple[VQModel, Any]:
         ("quantize.embedding.weight", 2),
         ("encoder.conv_blocks.0.res.0.conv1.weight", 4),
     ):
-        _require(weights, path, name, ndim, "LlamaGen tokenizer")
+        require(weights, path, name, ndim, "LlamaGen tokenizer")
     channels = weights["encoder.conv_in.weight"].shape[0]
     z_channels = weights["encoder.conv_out.weight"].shape[0]
     codebook_size, codebook_dim = weights["quantize.embedding.weight"].shape
-    num_levels = _count(weights, r"encoder\.conv_blocks\.(\d+)\.")
-    num_res_blocks = _count(weights, r"encoder\.conv_blocks\.0\.res\.(\d+)\.")
+    num_levels = count(weights, r"encoder\.conv_blocks\.(\d+)\.")
+    num_res_blocks = count(weights, r"encoder\.conv_blocks\.0\.res\.(\d+)\.")
     widths = []
     for i in range(num_levels):
-        _require(weights, path, f"encoder.conv_blocks.{i}.res.0.conv1.weight", 4, "LlamaGen tokenizer")
+        require(weights, path, f"encoder.conv_blocks.{i}.res.0.conv1.weight", 4, "LlamaGen tokenizer")
         widths.append(weights[f"encoder.conv_blocks.{i}.res.0.conv1.weight"].shape[0])
     if any(width % channels for width in widths):
         raise UserError(f"{path}: the widths {widths} are not multiples of the first convolution's {channels}")
@@ -253,7 +248,7 @@ def load_tokenizer(path: str | Path, **overrides: Any) -> tuple[VQModel, Any]:
                 leaves[f"{theirs}.{their_leaf}"] = (*ours, our_leaf)
     expected = {name: _their_shape(shapes[ours]) for name, ours in leaves.items()}
     expected["quantize.embedding.weight"] = (codebook_size, codebook_dim)
-    _check(weights, expected, path, optional=("quantize.codebook_used",))
+    check_shapes(weights, expected, path, optional=("quantize.codebook_used",))
 
     params: dict = {"quantizer": {"codebook": weights["quantize.embedding.weight"].astype(np.float32)}}
     if "quantize.codebook_used" in weights:
@@ -264,7 +259,7 @@ def load_tokenizer(path: str | Path, **overrides: Any) -> tuple[VQModel, Any]:
         for key in ours[:-1]:
             node = node.setdefault(key, {})
         node[ours[-1]] = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value
-    return module, _contiguous(params)
+    return module, contiguous(params)
 
 
 def save_tokenizer(params: Any, path: str | Path) -> None:
@@ -278,8 +273,8 @@ def save_tokenizer(params: Any, path: str | Path) -> None:
         raise UserError(
             "this tokenizer has patch_size > 1; LlamaGen's network has no such stem, so it can't be written"
         )
-    num_levels = _count(encoder, r"level(\d+)_res")
-    num_res_blocks = _count(encoder, r"level0_res(\d+)")
+    num_levels = count(encoder, r"level(\d+)_res")
+    num_res_blocks = count(encoder, r"level0_res(\d+)")
     weights = {"quantize.embedding.weight": params["quantizer"]["codebook"]}
     if "codebook_used" in params["quantizer"]:
         weights["quantize.codebook_used"] = params["quantizer"]["codebook_used"]
@@ -292,63 +287,7 @@ def save_tokenizer(params: Any, path: str | Path) -> None:
         value = np.asarray(node["kernel"] if _is_conv(theirs) else node["scale"])
         weights[f"{theirs}.weight"] = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value
         weights[f"{theirs}.bias"] = node["bias"]
-    write_torch_file(_contiguous(weights), path)
-
-
-def read_state_dict(path: str | Path, keys: tuple[str, ...]) -> StateDict:
-    """The weights in a file of any form that LlamaGen's and IAR's trainers write; the first of `keys` that is there.
-
-    DDP {"model": ...}, {"ema": ...}, FSDP's flat dict, DeepSpeed's {"module": ...}, {"state_dict": ...}; prefixes
-    "module." and "_orig_mod." of wrapped models are dropped.
-    """
-    content = read_torch_file(path)
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a dict of weights")
-    for key in keys:
-        if isinstance(content.get(key), dict) and content[key]:
-            content = content[key]
-            break
-    weights = {
-        re.sub(r"^((module|_orig_mod)\.)+", "", str(name)): value
-        for name, value in content.items()
-        if isinstance(value, np.ndarray)
-    }
-    if not weights:
-        raise UserError(f"{path}: no tensors found, at the top or under one of {', '.join(keys)}")
-    if any(name.startswith("cls_embedding.cap_proj") for name in weights):
-        raise UserError(f"{path} is LlamaGen's text-to-image model; those that draw classes are read here")
-    check_finite({name: value for name, value in weights.items() if name not in BUFFERS}, path)
-    return weights
-
-
-def _require(weights: StateDict, path: str | Path, name: str, ndim: int, kind: str) -> None:
-    """Refuses a file that lacks a tensor which tells the model's size."""
-    if name not in weights:
-        raise UserError(f"{path}: the tensor {name} is missing; is this a {kind}? It begins with {sorted(weights)[0]}")
-    if weights[name].ndim != ndim:
-        raise UserError(f"{path}: {name} has shape {weights[name].shape}; it should have {ndim} dimensions")
-
-
-def _check(
-    weights: StateDict, expected: dict[str, tuple[int, ...]], path: str | Path, optional: tuple[str, ...] = ()
-) -> None:
-    """Refuses a state dict that does not have the expected tensors, naming all that are wrong."""
-    missing = [name for name in expected if name not in weights]
-    unexpected = [name for name in weights if name not in expected and name not in (*BUFFERS, *optional)]
-    wrong = [
-        f"{name} has shape {weights[name].shape} and should have {shape}"
-        for name, shape in expected.items()
-        if name in weights and weights[name].shape != shape
-    ]
-    complaints = []
-    if missing:
-        complaints.append(f"missing: {', '.join(missing)}")
-    if unexpected:
-        complaints.append(f"unexpected: {', '.join(unexpected)}")
-    if wrong:
-        complaints.append("; ".join(wrong) + " (as the other tensors of the file tell: files of two sizes mixed?)")
-    if complaints:
-        raise UserError(f"{path} does not hold the tensors of such a model. " + ". ".join(complaints))
+    write_torch_file(contiguous(weights), path)
 
 
 def _tree_shapes(tree: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], tuple[int, ...]]:
@@ -417,19 +356,3 @@ def _tokenizer_names(num_levels: int, num_res_blocks: int, attention: bool) -> d
 
 def _is_conv(name: str) -> bool:
     return "norm" not in name.rsplit(".", 1)[-1]
-
-
-def _count(names: Any, pattern: str) -> int:
-    return 1 + max((int(match[1]) for name in names if (match := re.match(pattern, name))), default=-1)
-
-
-def _stack(trees: list[Any]) -> Any:
-    if isinstance(trees[0], dict):
-        return {key: _stack([tree[key] for tree in trees]) for key in trees[0]}
-    return np.stack(trees)
-
-
-def _contiguous(tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {key: _contiguous(value) for key, value in tree.items()}
-    return np.ascontiguousarray(tree)

@@ -329,8 +329,10 @@ class _Bounded:
         return self.file.readinto(buffer)
 
 
-def write_torch_file(weights: dict[str, np.ndarray], path: os.PathLike[str] | str) -> None:
-    """Writes weights to .safetensors, or to .pt as {"model": weights} where PyTorch is installed.
+def write_torch_file(
+    weights: dict[str, np.ndarray], path: os.PathLike[str] | str, key: str = "model", **beside: Any
+) -> None:
+    """Writes weights to .safetensors, or to .pt as {key: weights, **beside} where PyTorch is installed.
 
     The file appears under its name when it is whole.
 
@@ -352,6 +354,8 @@ def write_torch_file(weights: dict[str, np.ndarray], path: os.PathLike[str] | st
                 f"{target.with_suffix('.safetensors').name} can be written without"
             ) from None
         with writing(target) as local:
-            torch.save({"model": {name: torch.from_numpy(value.copy()) for name, value in weights.items()}}, local)
+            torch.save(
+                {key: {name: torch.from_numpy(value.copy()) for name, value in weights.items()}, **beside}, local
+            )
     else:
         raise UserError(f"{path}: weights are written to .safetensors or .pt")

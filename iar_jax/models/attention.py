@@ -173,3 +173,9 @@ def attend(kind: str, q, k, v, rope, block_size: int, *, causal: bool) -> Float[
     chosen = ATTENTIONS[choose(kind, case).name]
     assert chosen is not None
     return chosen.attend(q, k, v, rope, block_size, causal)
+
+
+def announced(kind: str, case: Case) -> str:
+    """What runs in a case, and why faster ones of its platform do not, for the first line of a training."""
+    chosen = choose(kind, case)
+    return f"attention: {chosen.name}" + (f" ({chosen.reason})" if chosen.reason else "")

@@ -58,18 +58,19 @@ class Dropout(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: w2(silu(w1 x) * w3 x); w1 and w3 are one array [D, 2, F]."""
+    """SwiGLU: w2(silu(w1 x) * w3 x); w1 and w3 are one array [D, 2, F]. Dropout, where there is any, is of what w2
+    takes."""
 
     hidden_dim: int
-    init_std: float
+    initial: nn.initializers.Initializer
     dtype: DTypeLike
+    dropout_rate: float = 0.0
 
     @nn.compact
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         dim = x.shape[-1]
-        init = nn.initializers.normal(self.init_std)
-        w13 = self.param("w13", partitioned(init, "embed", "gate", "hidden"), (dim, 2, self.hidden_dim))
-        w2 = self.param("w2", partitioned(init, "hidden", "embed"), (self.hidden_dim, dim))
+        w13 = self.param("w13", partitioned(self.initial, "embed", "gate", "hidden"), (dim, 2, self.hidden_dim))
+        w2 = self.param("w2", partitioned(self.initial, "hidden", "embed"), (self.hidden_dim, dim))
         tokens = x.reshape(-1, dim)
 
         def half(weights):
@@ -77,4 +78,6 @@ class FeedForward(nn.Module):
             return checkpoint_name(out, KEPT)
 
         hidden = nn.silu(half(w13[:, 0])) * half(w13[:, 1])
+        if self.dropout_rate:
+            hidden = Dropout(self.dropout_rate)(hidden.reshape(*x.shape[:2], -1)).reshape(hidden.shape)
         return (hidden @ w2.astype(self.dtype)).reshape(x.shape)

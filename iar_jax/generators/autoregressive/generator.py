@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
+from ml_collections import ConfigDict
 
 from iar_jax.config.checks import divisors_near
 from iar_jax.generators.autoregressive.decoding import generate
@@ -16,7 +17,7 @@ from iar_jax.generators.code_layout import CodeLayout
 from iar_jax.generators.guidance import is_guided
 from iar_jax.generators.settings import NO_OBJECTIVE, Facts, Objective, SamplingSettings, Work
 from iar_jax.losses.cluster_loss import cluster_loss
-from iar_jax.models.attention import Case, choose
+from iar_jax.models.attention import Case, announced
 from iar_jax.models.layers import swiglu_hidden_dim
 from iar_jax.runtime.errors import UserError
 from iar_jax.runtime.section import Section
@@ -139,8 +140,9 @@ class Autoregressive:
         return params | {"token_table": params["token_table"][order], "head": params["head"][:, order]}
 
 
-def check_autoregressive(section: Section) -> None:
+def check_autoregressive(config: ConfigDict) -> None:
     """Raises UserError where fields of config.model do not go together."""
+    section = config.model
     dim, num_heads, num_kv_heads = section["dim"], section["num_heads"], section["num_kv_heads"]
     if dim % num_heads:
         raise UserError(
@@ -189,8 +191,7 @@ def implementation(section: Section, facts: Facts, platform: str) -> str:
     """The attention that runs on a platform, and why faster ones of it do not."""
     head_dim = section["dim"] // section["num_heads"]
     case = Case(platform, jnp.dtype(section["dtype"]), head_dim, facts.layout.length)
-    chosen = choose(section["attention"], case)
-    return f"attention: {chosen.name}" + (f" ({chosen.reason})" if chosen.reason else "")
+    return announced(section["attention"], case)
 
 
 def sampling_work(generator: Autoregressive, batch_size: int, settings: SamplingSettings) -> Work:

@@ -92,7 +92,9 @@ class Block(nn.Module):
         )(normed, rope)
         x = checkpoint_name(x + self.residual(out, self.residual_dropout_rate), KEPT)
         normed = RMSNorm(self.norm_eps, self.dtype, name="ffn_norm")(x)
-        out = FeedForward(self.hidden_dim, self.init_std, self.dtype, name="feed_forward")(normed)
+        out = FeedForward(self.hidden_dim, nn.initializers.normal(self.init_std), self.dtype, name="feed_forward")(
+            normed
+        )
         return x + self.residual(out, self.ffn_dropout_rate), None
 
     def residual(self, x, dropout_rate):

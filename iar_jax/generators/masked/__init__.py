@@ -1,0 +1,1 @@
+"""Halton-MaskGIT's masked transformer, which sets all codes of a picture in a few passes."""
