@@ -3,6 +3,7 @@
     configs/imagenet.py:B,256            IAR-B on 16 x 16 codes
     configs/imagenet.py:L,384            IAR-L on 24 x 24 codes, sampled at 384 pixels
     configs/imagenet.py:B,256,baseline   LlamaGen itself: plain cross-entropy, otherwise the same
+    configs/imagenet.py:masked-L,384     Halton-MaskGIT-Large with the cluster loss (T, S, B, L, XL)
 
 Give the folder of ImageNet's training images, one sub-folder a class, with --config.data.source=folder:PATH.
 
@@ -24,6 +25,7 @@ from ml_collections import ConfigDict
 
 from iar_jax.config.fields import default_config
 from iar_jax.generators.autoregressive.sizes import SIZES
+from iar_jax.generators.masked import sizes as masked_sizes
 from iar_jax.runtime.errors import UserError
 
 # Learning rate and batch of LlamaGen's authors' runs (LlamaGen issue 8; XXXL, 1B and 7B have no published run and take
@@ -54,12 +56,16 @@ CFG_SCALES = {
     ("3B", 384): 1.65,
 }
 
+MASKED = {f"masked-{name}": size for name, size in masked_sizes.SIZES.items()}
+NAMES = (*SIZES, *MASKED)
+
 TRAINING_IMAGES = 1_281_167  # of ImageNet's training split
 
 
 def get_config(arg: str = "B,256") -> ConfigDict:
     name, resolution, baseline = parse(arg)
-    learning_rate, batch_size = RUNS[name]
+    is_masked = name.startswith("masked-")
+    learning_rate, batch_size = (1e-4, 256) if is_masked else RUNS[name]
     config = default_config()
 
     config.data.source = "folder:imagenet/train"
@@ -85,7 +91,7 @@ def get_config(arg: str = "B,256") -> ConfigDict:
     config.codebook.max_iterations = 100
 
     model = config.model
-    model.num_layers, model.num_heads, model.dim = SIZES[name]
+    model.num_layers, model.num_heads, model.dim = MASKED[name] if is_masked else SIZES[name]
     model.dtype = "bfloat16"  # autocast in the released trainer
     # Where compiling takes two minutes at most: TPUs then neither stack nor slice what the layers keep.
     model.scan_unroll = 0 if model.num_layers <= 36 else 1
@@ -96,7 +102,7 @@ def get_config(arg: str = "B,256") -> ConfigDict:
     epochs = 50 if resolution == 256 and name not in ("B", "L") else 300
     training.batch_size = batch_size
     training.num_steps = epochs * TRAINING_IMAGES // batch_size
-    training.loss_chunks = 2 if name in ("B", "L", "XL") else 8
+    training.loss_chunks = 2 if name in ("B", "L", "XL") or is_masked else 8
     training.cluster_weights = (0.0 if baseline else 1.0,)  # lambda of the released trainer
     training.learning_rate = learning_rate
     training.schedule = "constant"  # no warm-up, no decay
@@ -109,7 +115,37 @@ def get_config(arg: str = "B,256") -> ConfigDict:
     sampling.labels = "uniform"  # drawn at random, as LlamaGen does; not 50 a class
     sampling.image_size = 256 if resolution == 384 else 0  # 384-px models are decoded at 384 and scored at 256
     sampling.cfg_scale = CFG_SCALES.get((name, resolution), 1.75)
+    if is_masked:
+        masked(config)
     return config
+
+
+def masked(config: ConfigDict) -> None:
+    """Halton-MaskGIT's model and recipe, as its code has them (Network/transformer.py, Trainer/cls_trainer.py, launch/,
+    README). Its trainer drops attention weights at 0.1 too, and its last 100,000 steps are a cosine to 1 %, not a line
+    to zero; it averages no weights, ours are."""
+    model = config.model
+    model.kind = "masked"
+    model.num_registers = 1
+    model.token_dropout_rate = 0.0
+    model.residual_dropout_rate = model.ffn_dropout_rate = model.class_dropout_rate = 0.1
+
+    training = config.training
+    training.num_steps = 1_000_000
+    training.warmup_steps = 2500
+    training.schedule = "wsd"
+    training.decay_steps = 100_000
+    training.b1, training.b2 = 0.9, 0.999
+    training.weight_decay = 0.03  # of everything
+    training.mask_schedule, training.mask_draw = "arccos", "independent"
+    training.unmasked_weight = 1.0  # the loss is of all positions
+    training.label_smoothing = 0.0
+
+    sampling = config.sampling
+    sampling.cfg_scale = 3.0  # its w of 2 is a scale of 1 + w
+    sampling.mask_steps = 32
+    sampling.mask_order = "halton_rolled"
+    sampling.mask_temperature_end = 1 / 1.2  # its "temperature" multiplies, from 1 to 1.2
 
 
 def parse(arg: str) -> tuple[str, int, bool]:
@@ -117,12 +153,12 @@ def parse(arg: str) -> tuple[str, int, bool]:
     parts = arg.split(",")
     if (
         len(parts) not in (2, 3)
-        or parts[0] not in SIZES
+        or parts[0] not in NAMES
         or parts[1] not in ("256", "384")
         or parts[2:] not in ([], ["baseline"])
     ):
         raise UserError(
             f"configs/imagenet.py:{arg}: the argument is MODEL,RESOLUTION or MODEL,RESOLUTION,baseline with MODEL one "
-            f"of {', '.join(SIZES)} and RESOLUTION 256 or 384"
+            f"of {', '.join(NAMES)} and RESOLUTION 256 or 384"
         )
     return parts[0], int(parts[1]), len(parts) == 3

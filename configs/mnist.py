@@ -13,8 +13,11 @@ from iar_jax.runtime.errors import UserError
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    if arg not in ("", "baseline"):
-        raise UserError(f"configs/mnist.py:{arg}: the argument can be 'baseline', or left out")
+    kind, _, baseline = arg.rpartition(",") if "," in arg else (arg, "", "") if arg == "masked" else ("", "", arg)
+    if kind not in ("", "masked") or baseline not in ("", "baseline"):
+        raise UserError(
+            f"configs/mnist.py:{arg}: the argument can be 'baseline', 'masked' or 'masked,baseline', or left out"
+        )
     config = default_config()
     data = config.data
     data.source = "mnist5k"
@@ -71,7 +74,7 @@ def get_config(arg: str = "") -> ConfigDict:
     training = config.training
     training.num_steps = 2600
     training.batch_size = 32
-    training.cluster_weights = (0.0 if arg == "baseline" else 1.0,)
+    training.cluster_weights = (0.0 if baseline else 1.0,)
     training.learning_rate = 5e-3
     training.schedule = "cosine"
     training.warmup_steps = 50
@@ -86,4 +89,13 @@ def get_config(arg: str = "") -> ConfigDict:
     sampling.batch_size = 250
     sampling.cfg_scale = 1.5
     config.evaluation.classifier_steps = 700
+    if kind == "masked":
+        masked(config)
     return config
+
+
+def masked(config: ConfigDict) -> None:
+    """The masked generator in the place of the autoregressive one, for the same tokenizer and codes."""
+    config.model.kind = "masked"
+    sampling = config.sampling
+    sampling.mask_steps = 16

@@ -16,6 +16,9 @@ StateDict = dict[str, np.ndarray]
 # Tensors that are not weights.
 BUFFERS = ("freqs_cis", "causal_mask")
 
+# Where other trainers put weights: to be told what they are.
+ELSEWHERE = ("model_state_dict", "state_dict", "model", "net", "params")
+
 
 def read_state_dict(path: str | Path, keys: tuple[str, ...]) -> StateDict:
     """The weights in a file of any form that LlamaGen's and IAR's trainers write; the first of `keys` that is there.
@@ -26,7 +29,7 @@ def read_state_dict(path: str | Path, keys: tuple[str, ...]) -> StateDict:
     content = read_torch_file(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dict of weights")
-    for key in keys:
+    for key in (*keys, *ELSEWHERE):
         if isinstance(content.get(key), dict) and content[key]:
             content = content[key]
             break

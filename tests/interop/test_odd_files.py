@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from iar_jax.interop import graph_def, llamagen, torch_files
+from iar_jax.interop import graph_def, llamagen, state_dicts, torch_files
 from iar_jax.interop.state_dicts import read_state_dict
 from iar_jax.interop.torch_files import read_torch_file
 from iar_jax.runtime.errors import UserError
@@ -174,7 +174,7 @@ def test_storages_of_another_size_and_compressed_ones_are_refused(tmp_path, torc
 
 def test_entries_that_are_not_finite_are_refused_by_the_tensors_name(tmp_path, golden):
     weights = read_state_dict(golden("gpt_tiny.pt"), llamagen.TRANSFORMER_KEYS)
-    damaged = {name: np.array(value) for name, value in weights.items() if name not in llamagen.BUFFERS}
+    damaged = {name: np.array(value) for name, value in weights.items() if name not in state_dicts.BUFFERS}
     damaged["layers.0.attention.wqkv.weight"].flat[5] = np.nan
     damaged["norm.weight"].flat[0] = np.inf
     save_file(damaged, tmp_path / "nan.safetensors")
@@ -183,9 +183,10 @@ def test_entries_that_are_not_finite_are_refused_by_the_tensors_name(tmp_path, g
 
 
 def test_a_text_to_image_model_is_named_as_one(tmp_path):
-    save_file({"cls_embedding.cap_proj.fc1.weight": np.zeros((2, 2), np.float32)}, tmp_path / "t2i.safetensors")
-    with pytest.raises(UserError, match="is LlamaGen's text-to-image model"):
-        read_state_dict(tmp_path / "t2i.safetensors", llamagen.TRANSFORMER_KEYS)
+    weights = {"cls_embedding.cap_proj.fc1.weight": (2, 2), "tok_embeddings.weight": (4, 2)}
+    save_file({name: np.zeros(shape, np.float32) for name, shape in weights.items()}, tmp_path / "t2i.safetensors")
+    with pytest.raises(UserError, match="it is LlamaGen's text-to-image model, not read here"):
+        llamagen.load_transformer(tmp_path / "t2i.safetensors", num_heads=2, grid_size=2)
 
 
 def graph_of(*nodes):

@@ -63,7 +63,7 @@ def draw_masks(
 
 def masked_after_steps(schedule: str, length: int, num_steps: int) -> Int[np.ndarray, " steps"]:
     """How many of `length` positions are still masked after each step: MaskGIT's floor of the share, in float32 (a tie
-    falls as in its own code), at least one, fewer than before, and none after the last.
+    falls as in its own code), fewer than before, one at least for each step that is left, and none after the last.
 
     Raises:
         ValueError: more steps than positions.
@@ -74,7 +74,7 @@ def masked_after_steps(schedule: str, length: int, num_steps: int) -> Int[np.nda
     for step in range(1, num_steps):
         progress = np.float32(step) / np.float32(num_steps)
         share = np.clip(np.float32(SCHEDULES[schedule](progress, length, np)), np.float32(1e-6), np.float32(1.0))
-        before = max(1, min(int(np.floor(np.float32(length) * share)), before - 1))
+        before = max(num_steps - step, min(int(np.floor(np.float32(length) * share)), before - 1))
         found.append(before)
     return np.array([*found, 0], np.int32)
 
