@@ -5,7 +5,7 @@ from collections.abc import Iterable
 # Names that only this family has -> what it is, and what reads it here.
 FAMILIES = (
     (
-        {"tok_embeddings.weight", "cls_embedding.uncond_embedding"},
+        {"cls_embedding.cap_proj.fc1.weight"},
         "LlamaGen's text-to-image model, not read here",
     ),
     (

@@ -9,7 +9,7 @@ from iar_jax.config.fields import defaults
 from iar_jax.generators.autoregressive.decoding import generate
 from iar_jax.generators.code_layout import CodeLayout
 from iar_jax.generators.settings import Facts
-from iar_jax.interop import llamagen
+from iar_jax.interop import llamagen, state_dicts
 from iar_jax.interop.torch_files import read_torch_file
 from iar_jax.models.rope import rope_table
 from iar_jax.runtime.errors import UserError
@@ -79,7 +79,7 @@ def test_all_forms_of_files_are_understood(monkeypatch, golden, transformer_weig
     _, expected = load(golden("gpt_tiny.pt"))
     averaged = {name: value + 1 for name, value in transformer_weights.items()}
     content = forms(transformer_weights, averaged)[form]
-    monkeypatch.setattr(llamagen, "read_torch_file", lambda _: content)
+    monkeypatch.setattr(state_dicts, "read_torch_file", lambda _: content)
     jax.tree.map(np.testing.assert_array_equal, load("file.pt")[1], expected)
     monkeypatch.undo()
     _, expected = llamagen.load_tokenizer(golden("vq_tiny.pt"))
@@ -87,7 +87,7 @@ def test_all_forms_of_files_are_understood(monkeypatch, golden, transformer_weig
     plain = {name: value + 1 for name, value in tokenizer_weights.items()}
     has_both = form == "DDP with an average"
     content = forms(plain, tokenizer_weights)[form] if has_both else forms(tokenizer_weights, {})[form]
-    monkeypatch.setattr(llamagen, "read_torch_file", lambda _: content)
+    monkeypatch.setattr(state_dicts, "read_torch_file", lambda _: content)
     jax.tree.map(np.testing.assert_array_equal, llamagen.load_tokenizer("file.pt")[1], expected)
 
 
