@@ -2,6 +2,7 @@
 
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python -m benchmarks.sampling              B at 256 px, batches 1 to 128
     python -m benchmarks.sampling --batches=8,16 --model=L,256 --dtype=bfloat16 --top_k=2000
+    python -m benchmarks.sampling --kind=masked --batches=8 --steps=8,16,32       a masked model of the same size
 
 The floor of a step is the larger of two times: reading weights and the positions of the cache that hold something, at
 the rate of a sum over a large array; and the products' FLOPs, at the rate of a large matrix product. Both rates are
@@ -10,6 +11,7 @@ Weights are random; the time does not depend on them.
 """
 
 import argparse
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +37,7 @@ def machine_rates(dtype) -> tuple[float, float]:
     return array.nbytes / seconds(total, array, repeats=15), 2 * 2048**3 / seconds(product, square, repeats=61)
 
 
-def batch_sizes(text: str) -> list[int]:
+def counts(text: str) -> list[int]:
     sizes = text.split(",")
     if not all(size.isdecimal() and int(size) for size in sizes):
         raise argparse.ArgumentTypeError(f"{text!r} are not positive numbers with commas between them, such as 8,32")
@@ -45,7 +47,9 @@ def batch_sizes(text: str) -> list[int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="B,256", help="argument of configs/imagenet.py")
-    parser.add_argument("--batches", type=batch_sizes, default="1,8,32,64,128")
+    parser.add_argument("--kind", default="autoregressive", choices=tuple(KINDS))
+    parser.add_argument("--steps", type=counts, default="32", help="passes of a masked model")
+    parser.add_argument("--batches", type=counts, default="1,8,32,64,128")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--cfg_scale", type=float, default=2.0)
     parser.add_argument("--top_k", type=int, default=0)
@@ -57,31 +61,34 @@ def main() -> None:
         config = imagenet.get_config(options.model)
     except UserError as error:
         parser.error(str(error))
-    config.model.dtype = options.dtype
+    config.model.dtype, config.model.kind = options.dtype, options.kind
     facts = Facts(16384, 1000, CodeLayout.square(grid_size(config)))
     generator = build_generator(config.model, facts)
     params = meta.unbox(jax.jit(generator.init)(jax.random.key(0)))
     # Random weights, also where they begin at zero: the time does not depend on them.
     params = jax.tree.map(lambda leaf: 0.02 * jax.random.normal(jax.random.key(1), leaf.shape), params)
-    settings = SamplingSettings(cfg_scale=options.cfg_scale, top_k=options.top_k, top_p=options.top_p)
-    sampling_work, length = KINDS[config.model.kind].sampling_work, facts.layout.length
+    sampling_work, length = KINDS[options.kind].sampling_work, facts.layout.length
     assert sampling_work is not None
-    print(f"{options.model}, {length} tokens, {options.dtype}, cfg {options.cfg_scale:g}, top_k {options.top_k}")
-    print(f"{'batch':>6}{'GB/s':>7}{'GFLOP/s':>9}{'floor: bytes':>14}{'FLOPs':>9}{'took':>9}{'images/s':>10}", end="")
-    print(f"{'tokens/s':>10}{'of floor':>10}")
-    for batch in options.batches:
+    print(f"{options.kind} {options.model}, {length} tokens, {options.dtype}, cfg {options.cfg_scale:g}, ", end="")
+    print(f"top_k {options.top_k}")
+    print(f"{'batch':>6}{'steps':>7}{'GB/s':>7}{'GFLOP/s':>9}{'floor: bytes':>14}{'FLOPs':>9}{'took':>9}", end="")
+    print(f"{'images/s':>10}{'tokens/s':>10}{'of floor':>10}")
+    for batch, steps in itertools.product(options.batches, options.steps if options.kind == "masked" else [length]):
+        settings = SamplingSettings(
+            cfg_scale=options.cfg_scale, top_k=options.top_k, top_p=options.top_p, mask_steps=steps
+        )
         bytes_a_second, flops_a_second = machine_rates(options.dtype)
         work = sampling_work(generator, batch, settings)
         reading, computing = work.bytes / bytes_a_second, work.flops / flops_a_second
         sampled, keys = np.arange(batch, dtype=np.int32), jax.random.split(jax.random.key(2), batch)
 
-        def run(sampled=sampled, keys=keys):
+        def run(sampled=sampled, keys=keys, settings=settings):
             return generator.sample(params, jnp.asarray(sampled), keys, settings)
 
         taken = seconds(run, repeats=options.repeats)
         print(
-            f"{batch:6}{bytes_a_second / 1e9:7.1f}{flops_a_second / 1e9:9.0f}{reading:12.2f} s{computing:7.2f} s"
-            f"{taken:7.2f} s{batch / taken:10.3f}{batch * length / taken:10.0f}"
+            f"{batch:6}{steps:7}{bytes_a_second / 1e9:7.1f}{flops_a_second / 1e9:9.0f}{reading:12.2f} s"
+            f"{computing:7.2f} s{taken:7.2f} s{batch / taken:10.3f}{batch * length / taken:10.0f}"
             f"{max(reading, computing) / taken:10.1%}",
             flush=True,
         )

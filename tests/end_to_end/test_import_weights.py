@@ -13,7 +13,9 @@ from safetensors.numpy import save_file
 from iar_jax.data.preprocessing import to_uint8
 from iar_jax.generators.autoregressive.decoding import generate
 from iar_jax.generators.autoregressive.transformer import Transformer
-from iar_jax.interop import llamagen
+from iar_jax.generators.masked.generator import Masked
+from iar_jax.generators.masked.transformer import MaskedTransformer
+from iar_jax.interop import llamagen, maskgit
 from iar_jax.interop.torch_files import read_torch_file
 from iar_jax.runtime import sharding
 from tests.stages import call
@@ -107,6 +109,56 @@ def test_a_transformer_of_original_ids_is_rearranged_without_training(files, tmp
     np.testing.assert_array_equal(plain, rearranged)
     order = np.load(tmp_path / "rearranged" / "codebook" / "permutation.npz")["old_to_new"]
     assert (order != np.arange(256)).any()
+
+
+@pytest.fixture(scope="module")
+def masked_file(tmp_path_factory):
+    """A masked transformer for the golden tokenizer's 256 codes, in the published form."""
+    module = MaskedTransformer(256, 5, 16, 32, 2, 4, 256, mask_output=True)
+    shapes = jax.eval_shape(lambda: sharding.unbox(Masked(module).init(jax.random.key(0))))
+    leaves, structure = jax.tree.flatten(shapes)
+    rng = np.random.default_rng(0)
+    params = structure.unflatten([0.2 * rng.standard_normal(leaf.shape).astype(np.float32) for leaf in leaves])
+    path = tmp_path_factory.mktemp("masked") / "masked.safetensors"
+    maskgit.save_generator(params, path)
+    return path
+
+
+MASKED = ["--config.model.kind=masked", "--config.model.mask_output=true", "--config.sampling.mask_steps=4"]
+
+
+@pytest.mark.slow
+def test_a_masked_transformer_is_imported_rearranged_sampled_and_exported(files, masked_file, tmp_path):
+    weights = [f"--tokenizer={files / 'vq.safetensors'}", f"--transformer={masked_file}", *MASKED]
+    # The most likely codes: random bits belong to ids, and ids differ.
+    draws = [*MASKED, "--config.sampling.top_k=1", "--config.sampling.mask_order=halton"]
+    for name, more in (("plain", []), ("rearranged", ["--rearrange"])):
+        importing(files, tmp_path / name, *weights, *more)
+        call("sample", tmp_path / name, *OPTIONS, *draws, config=CONFIG)
+    plain, rearranged = (
+        np.load(next((tmp_path / name / "samples").iterdir()) / "samples.npz")["arr_0"]
+        for name in ("plain", "rearranged")
+    )
+    np.testing.assert_array_equal(plain, rearranged)
+    assert plain.std() > 0
+    out = tmp_path / "out.safetensors"
+    importing(files, tmp_path / "plain", f"--export={out}", *MASKED)
+    expected, found = read_torch_file(masked_file), read_torch_file(out)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+def test_a_kind_under_the_other_s_config_is_named(files, masked_file, tmp_path):
+    tokenizer = f"--tokenizer={files / 'vq.safetensors'}"
+    for file, options, said in (
+        (masked_file, [], "it is a Halton-MaskGIT transformer: config.model.kind=masked reads it"),
+        (files / "gpt.safetensors", MASKED, "it is a LlamaGen transformer: config.model.kind=autoregressive reads it"),
+    ):
+        done = importing(files, tmp_path / "run", tokenizer, f"--transformer={file}", *options, check=False)
+        assert said in done.stderr
+        assert done.returncode == 2
+        assert not (tmp_path / "run" / "tokenizer").exists()
 
 
 @pytest.mark.slow

@@ -138,9 +138,9 @@ def pictures_at_another_place(path):
     return Outcome(said=assert_refused(done, "config.data.source was"))
 
 
-def other_devices(reference, path):
-    """Begun on one device, gone on with on eight in another mesh, ended on one: the same batches and dropout."""
-    output = stopped_and_elsewhere(path, "run", inputs_of(reference), MESH)
+def other_devices(reference, path, options=()):
+    """Begun on one device, gone on with on eight in another mesh, ended on one: the same batches, dropout and masks."""
+    output = stopped_and_elsewhere(path, "run", [*inputs_of(reference), *options], MESH)
     assert_same_metrics(path / "run", reference)
     assert "going on from the checkpoint of step" in output
     return Outcome()

@@ -9,7 +9,7 @@ import pytest
 
 from tests.bucket.server import serving
 from tests.faults import damage, kills, runs, store
-from tests.faults.workdirs import OPTIONS, InBucket, NotTried, OnDisk
+from tests.faults.workdirs import MASKED, OPTIONS, InBucket, NotTried, OnDisk, masked_reference
 from tests.stages import call
 
 
@@ -52,6 +52,13 @@ def test_a_stop_of_the_extraction(reference, workdir):
 
 def test_a_flipped_bit_in_the_latest_checkpoint(reference, workdir):
     assert_survived(damage.of_the_latest_checkpoint(reference, workdir, "state", "flip", 0))
+
+
+@pytest.mark.slow
+def test_a_masked_generator_in_another_mesh_for_a_while_and_killed(reference, tmp_path):
+    own = masked_reference(reference, tmp_path / "masked")
+    assert_survived(runs.other_devices(own, tmp_path, MASKED))
+    assert_survived(kills.in_a_step(own, OnDisk(tmp_path / "killed", MASKED), "train", 13, 0.05))
 
 
 @pytest.mark.slow
