@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from iar_jax.generators.guidance import draw, guide, is_guided, scale_at
+from iar_jax.generators.guidance import draw, is_guided, scale_at
 from iar_jax.generators.masked.masking import halton_order, masked_after_steps, set_after_steps
 from iar_jax.generators.masked.transformer import MaskedTransformer
 from iar_jax.generators.settings import SamplingSettings
@@ -120,30 +120,32 @@ def states(
 def drawn_codes(network, params, labels, codes, keys, scale, temperature, static: Static) -> Drawn:
     """A code for every position from the model's prediction, the head and the draw a few positions at a time."""
     batch, length = codes.shape
+    halves = 2 if static.guided else 1
     if static.guided:
-        labels = jnp.concatenate([labels, jnp.full_like(labels, network.null_class)])
-        codes = jnp.concatenate([codes, codes])
+        # A picture's two rows beside each other, so that a mesh has both on one device.
+        labels = jnp.stack([labels, jnp.full_like(labels, network.null_class)], axis=1).reshape(-1)
+        codes = jnp.repeat(codes, 2, axis=0)
     hidden = network.apply({"params": params}, labels, codes, method="hidden")
+    hidden = hidden.reshape(batch, halves, length, -1)
     uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 0), (length,)))(keys)
     chunk = next(
         size
         for size in range(length, 0, -1)
-        if length % size == 0 and (size == 1 or size * hidden.shape[0] * network.vocab_size <= MOST_LOGITS)
+        if length % size == 0 and (size == 1 or size * batch * halves * network.vocab_size <= MOST_LOGITS)
     )
 
     def part(start):
-        rows = jax.lax.dynamic_slice_in_dim(hidden, start, chunk, axis=1)
+        rows = jax.lax.dynamic_slice_in_dim(hidden, start, chunk, axis=2).reshape(batch, halves * chunk, -1)
         logits = network.apply({"params": params}, rows, method="logits").astype(jnp.float32)
-        # [V, positions of all pictures], as `guide` and `draw` take them.
-        logits = logits.reshape(-1, logits.shape[-1]).T
+        logits = logits.reshape(batch, halves, chunk, -1)
+        conditional, unconditional = logits[:, 0], logits[:, -1]
         if static.guided:
-            scales = jnp.repeat(jnp.broadcast_to(scale, (batch,)), chunk)
-            logits = guide(logits, scales)
+            conditional = unconditional + jnp.reshape(scale, (-1, 1, 1)) * (conditional - unconditional)
+        tempered = conditional.reshape(batch * chunk, -1) / temperature
         draws = jax.lax.dynamic_slice_in_dim(uniform, start, chunk, axis=1).reshape(-1)
-        found = draw(logits, draws, temperature, top_k=static.top_k, top_p=static.top_p)
-        tempered = logits / temperature
-        chosen = jnp.take_along_axis(tempered, found[None], axis=0)[0]
-        return Drawn(*(x.reshape(batch, chunk) for x in (found, chosen - jax.nn.logsumexp(tempered, axis=0))))
+        found = draw(tempered.T, draws, jnp.float32(1.0), top_k=static.top_k, top_p=static.top_p)
+        chosen = jnp.take_along_axis(tempered, found[:, None], axis=-1)[:, 0]
+        return Drawn(*(x.reshape(batch, chunk) for x in (found, chosen - jax.nn.logsumexp(tempered, axis=-1))))
 
     parts = jax.lax.map(part, jnp.arange(0, length, chunk))
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch, length), parts)
