@@ -92,7 +92,10 @@ def test_a_coordinator_that_does_not_answer_is_named(end):
     Watch(store, 1, 2)
     time.sleep(0.3)
     store.answers = False
-    assert "process 0 of 2 (first-host), at which all meet, has not answered for" in end()
+    said = end()
+    # On a machine that is busy, its last sign of life may be as long ago as the last answer.
+    assert "process 0 of 2 (first-host)" in said
+    assert "at which all meet, has not answered for" in said or "has not been heard of for" in said
 
 
 def test_the_last_words_of_a_process_are_passed_on(end):
