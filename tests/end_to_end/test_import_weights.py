@@ -295,6 +295,7 @@ def test_a_second_import_does_not_overwrite_the_first(files, imported, tmp_path)
     assert done.returncode == 2
 
 
+@pytest.mark.slow
 def test_an_import_that_failed_leaves_nothing_and_one_that_was_made_is_found(files, tmp_path):
     weights = [f"--tokenizer={files / 'vq.safetensors'}", f"--transformer={files / 'gpt.safetensors'}"]
     broken = read_torch_file(files / "gpt.safetensors")

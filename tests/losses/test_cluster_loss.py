@@ -174,8 +174,10 @@ def test_where_nothing_counts_the_loss_is_zero():
         assert all(np.all(np.asarray(g) == 0.0) for g in grads)
 
 
-@pytest.mark.parametrize("mesh_sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(
+    "mesh_sizes", [pytest.param((8, 1, 1), marks=pytest.mark.slow), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
+)
+@pytest.mark.parametrize("smoothing", [pytest.param(0.0, marks=pytest.mark.slow), 0.1])
 def test_every_mesh_gives_the_same_with_a_bias_and_another_class(mesh_sizes, smoothing):
     hidden, head, targets = problem(0)
     rng = np.random.default_rng(2)

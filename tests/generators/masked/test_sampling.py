@@ -82,7 +82,7 @@ def test_the_most_confident_are_set_first():
 
 
 @pytest.mark.parametrize("order", list(ORDERS))
-@pytest.mark.parametrize("mask_output", [False, True])
+@pytest.mark.parametrize("mask_output", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_picture_depends_on_its_label_and_key_alone(order, mask_output):
     module = small(mask_output=mask_output)
     params, settings = initial(module), dataclasses.replace(SETTINGS, mask_order=order)
