@@ -13,8 +13,8 @@ from iar_jax.runtime.errors import UserError
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    kind, _, baseline = arg.rpartition(",") if "," in arg else (arg, "", "") if arg == "masked" else ("", "", arg)
-    if kind not in ("", "masked") or baseline not in ("", "baseline"):
+    words = arg.split(",") if arg else []
+    if words not in ([], ["baseline"], ["masked"], ["masked", "baseline"]):
         raise UserError(
             f"configs/mnist.py:{arg}: the argument can be 'baseline', 'masked' or 'masked,baseline', or left out"
         )
@@ -74,7 +74,7 @@ def get_config(arg: str = "") -> ConfigDict:
     training = config.training
     training.num_steps = 2600
     training.batch_size = 32
-    training.cluster_weights = (0.0 if baseline else 1.0,)
+    training.cluster_weights = (0.0 if "baseline" in words else 1.0,)
     training.learning_rate = 5e-3
     training.schedule = "cosine"
     training.warmup_steps = 50
@@ -89,7 +89,7 @@ def get_config(arg: str = "") -> ConfigDict:
     sampling.batch_size = 250
     sampling.cfg_scale = 1.5
     config.evaluation.classifier_steps = 700
-    if kind == "masked":
+    if "masked" in words:
         masked(config)
     return config
 

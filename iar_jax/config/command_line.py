@@ -144,23 +144,29 @@ def _parse(argv: list[str], reads: Sequence[str], needs_config: Callable[[], boo
 def with_equals_signs(argv: Sequence[str]) -> list[str]:
     """The command line with `--name value` as `--name=value`, for all that takes a value: what follows looks at single
     arguments."""
-    known = default_config()
-    names = field_names(known)
     found, rest = list(argv[:1]), list(argv[1:])
     while rest:
         argument = rest.pop(0)
-        option = argument.lstrip("-")
-        if option.startswith("config."):
-            value: Any = known
-            for part in option.split(".")[1:] if option in names else ():
-                value = value[part]
-            takes_value = not isinstance(value, bool)
-        else:
-            takes_value = option in flags.FLAGS and not flags.FLAGS[option].boolean
-        if argument.startswith("-") and takes_value and rest and not rest[0].startswith("--"):
+        if argument.startswith("-") and rest and not rest[0].startswith("--") and takes_value(argument.lstrip("-")):
             argument = f"{argument}={rest.pop(0)}"
         found.append(argument)
     return found
+
+
+def takes_value(option: str) -> bool:
+    """Whether an option, or a field of the config, is followed by a value; fields that do not exist are, too."""
+    if not option.startswith("config."):
+        return option in flags.FLAGS and not flags.FLAGS[option].boolean
+    known = default_config()
+    return option not in field_names(known) or not isinstance(value_of(known, option), bool)
+
+
+def value_of(config: ConfigDict, field: str) -> Any:
+    """The value of config.<section>.<field>."""
+    value: Any = config
+    for part in field.split(".")[1:]:
+        value = value[part]
+    return value
 
 
 def last_overrides(argv: list[str]) -> list[str]:
@@ -183,9 +189,7 @@ def _explain(argv: list[str], error: Exception) -> str:
             continue
         if option not in names:
             return unknown_field(option, names)
-        value = known
-        for part in option.split(".")[1:]:
-            value = value[part]
+        value = value_of(known, option)
         if isinstance(value, ConfigDict):
             return f"{option} is a section; set one of its fields: {', '.join(value)}"
         try:

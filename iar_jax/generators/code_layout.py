@@ -57,6 +57,16 @@ class CodeLayout:
             raise ValueError(f"its metadata.json says squares of {found.sides}, and an image has {length} codes")
         return found
 
+    def only_side(self, kind: str) -> int:
+        """The side of the one square that a kind of generator goes over.
+
+        Raises:
+            ValueError: there are several.
+        """
+        if len(self.sides) != 1:
+            raise ValueError(f"the kind {kind} goes over one square of codes, not those of {self.sides}")
+        return self.sides[0]
+
     @property
     def length(self) -> int:
         """L, the number of positions."""

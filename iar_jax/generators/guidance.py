@@ -118,6 +118,13 @@ def guide(logits: Float[Array, "V both"], cfg_scale: Float[Array, "*B"]) -> Floa
         cfg_scale: s, one or one for each image; 1 is no guidance.
     """
     conditional, unconditional = jnp.split(logits, 2, axis=1)
+    return guided(conditional, unconditional, cfg_scale)
+
+
+def guided(
+    conditional: Float[Array, "..."], unconditional: Float[Array, "..."], cfg_scale: Float[Array, "..."]
+) -> Float[Array, "..."]:
+    """u + s * (c - u) of logits c and u of the same codes; s has a shape that goes with theirs."""
     return unconditional + cfg_scale * (conditional - unconditional)
 
 

@@ -15,6 +15,23 @@ from iar_jax.runtime.section import Section
 SAMPLING_DTYPES: dict[str, DTypeLike | None] = {"model": None, "float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
+# Fields of config.model that the transformers of both kinds take as they are.
+NETWORK_FIELDS = (
+    "dim",
+    "num_layers",
+    "num_heads",
+    "init_std",
+    "token_dropout_rate",
+    "residual_dropout_rate",
+    "ffn_dropout_rate",
+    "drop_path_rate",
+    "class_dropout_rate",
+    "remat",
+    "attention",
+    "attention_block",
+    "scan_unroll",
+)
+
 # Fields of config.sampling that masked models alone read, and how they are said in the name of samples.
 MASKED = {
     "mask_steps": "steps",

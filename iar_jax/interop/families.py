@@ -20,7 +20,6 @@ FAMILIES = (
     ({"in_blocks.0.norm1.weight", "lm_head.weight"}, "TiTok's UViTBert, not read here"),
     ({"pos_start", "word_embed.weight"}, "a VAR transformer, not read here"),
     ({"encoder.conv_in.weight", "quantize.embedding.weight"}, "a VQ tokenizer: --tokenizer reads it"),
-    ({"tok_emb.weight", "token_emb.pos_emb"}, "MaskGIT's first PyTorch port, not read here"),
 )
 
 

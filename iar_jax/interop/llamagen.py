@@ -14,7 +14,16 @@ from iar_jax.generators.autoregressive.generator import Autoregressive
 from iar_jax.generators.autoregressive.sizes import size_named
 from iar_jax.generators.autoregressive.transformer import Transformer
 from iar_jax.generators.settings import Facts
-from iar_jax.interop.state_dicts import StateDict, check_shapes, contiguous, count, read_state_dict, require, stack
+from iar_jax.interop.state_dicts import (
+    StateDict,
+    check_model,
+    check_shapes,
+    contiguous,
+    count,
+    read_state_dict,
+    require,
+    stack,
+)
 from iar_jax.interop.torch_files import write_torch_file
 from iar_jax.models.layers import swiglu_hidden_dim
 from iar_jax.models.rope import rope_table
@@ -132,11 +141,9 @@ def read_generator(path: str | Path, section: Section, facts: Facts) -> tuple[Au
         ),
         "the tokenizer's codebook_size": (facts.vocab_size, network.vocab_size),
     }
-    for field, (ours, theirs) in wanted.items():
-        if ours != theirs:
-            name = size_named(network.num_layers, network.dim)
-            hint = f"it looks like LlamaGen's {name}" if name else "give the config of that model"
-            raise UserError(f"{path}: {field} is {ours}, and the file's model has {theirs}; {hint}")
+    name = size_named(network.num_layers, network.dim)
+    hint = f"it looks like LlamaGen's {name}" if name else "give the config of that model"
+    check_model(path, wanted, lambda field, theirs: hint)
     return Autoregressive(network), params
 
 

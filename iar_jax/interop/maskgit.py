@@ -13,7 +13,16 @@ from iar_jax.generators.masked.generator import Masked
 from iar_jax.generators.masked.sizes import SIZES
 from iar_jax.generators.masked.transformer import MaskedTransformer
 from iar_jax.generators.settings import Facts
-from iar_jax.interop.state_dicts import StateDict, check_shapes, contiguous, count, read_state_dict, require, stack
+from iar_jax.interop.state_dicts import (
+    StateDict,
+    check_model,
+    check_shapes,
+    contiguous,
+    count,
+    read_state_dict,
+    require,
+    stack,
+)
 from iar_jax.interop.torch_files import write_torch_file
 from iar_jax.models.layers import swiglu_hidden_dim
 from iar_jax.runtime.errors import UserError
@@ -174,12 +183,14 @@ def read_generator(path: str | Path, section: Section, facts: Facts) -> tuple[Ma
         "config.model.mask_output": (section["mask_output"], network.mask_output),
         "the tokenizer's codebook_size": (facts.vocab_size, network.vocab_size),
     }
-    for field, (ours, theirs) in wanted.items():
-        if ours != theirs:
-            size = next((name for name, size in SIZES.items() if size[::2] == (network.num_layers, network.dim)), None)
-            hint = f"; it looks like Halton-MaskGIT's {size}" if size else ""
-            hint = f"; set --{field}={str(theirs).lower()}" if field.startswith("config.") and not hint else hint
-            raise UserError(f"{path}: {field} is {ours}, and the file's model has {theirs}{hint}")
+    size = next((name for name, size in SIZES.items() if size[::2] == (network.num_layers, network.dim)), None)
+
+    def hint(field: str, theirs: Any) -> str:
+        is_field = field.startswith("config.")
+        found = f"set --{field}={str(theirs).lower()}" if is_field else "give the config of that model"
+        return found + (f" (it looks like Halton-MaskGIT's {size})" if size else "")
+
+    check_model(path, wanted, hint)
     return Masked(network), params
 
 

@@ -1,7 +1,7 @@
 """Weights by the names that PyTorch's modules give them: found in a file, looked at, and put into our trees."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,18 @@ def check_shapes(
         complaints.append("; ".join(wrong) + " (as the other tensors of the file tell: files of two sizes mixed?)")
     if complaints:
         raise UserError(f"{path} does not hold the tensors of such a model. " + ". ".join(complaints))
+
+
+def check_model(path: str | Path, wanted: Mapping[str, tuple[Any, Any]], hint: Callable[[str, Any], str]) -> None:
+    """Raises UserError where the model in a file is another one than the config's.
+
+    Args:
+        wanted: what the config says and what the file has, by the field's name.
+        hint: (field, what the file has) -> what to do.
+    """
+    for field, (ours, theirs) in wanted.items():
+        if ours != theirs:
+            raise UserError(f"{path}: {field} is {ours}, and the file's model has {theirs}; {hint(field, theirs)}")
 
 
 def count(names: Iterable[str], pattern: str) -> int:

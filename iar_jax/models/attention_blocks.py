@@ -37,8 +37,7 @@ def attend(q, k, v, block_size, causal):
 
 def attend_forward(q, k, v, block_size, causal):
     outputs, log_normalisers = [], []
-    for start, stop in blocks(q.shape[2], block_size):
-        seen = stop if causal else k.shape[2]
+    for start, stop, seen in blocks(q.shape[2], block_size, causal):
         scores = scores_of(q, k, start, stop, causal)
         highest = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - highest)
@@ -56,8 +55,8 @@ def attend_backward(block_size, causal, saved, g):
     # Each row of d(scores) is weights * (d(weights) - their mean), and that mean is the row's g . output.
     mean = jnp.sum(g.astype(jnp.float32) * output.astype(jnp.float32), axis=-1, keepdims=True)
     dq, dk, dv = [], [], []
-    for start, stop in blocks(q.shape[2], block_size):
-        rows, seen = slice(start, stop), stop if causal else k.shape[2]
+    for start, stop, seen in blocks(q.shape[2], block_size, causal):
+        rows = slice(start, stop)
         weights = jnp.exp(scores_of(q, k, start, stop, causal) - log_normalisers[:, :, rows])
         dweights = product("bhtk,bhsk->bhts", g[:, :, rows], v[:, :, :seen])
         dscores = (weights * (dweights - mean[:, :, rows])).astype(q.dtype)
@@ -76,8 +75,10 @@ attend.defvjp(attend_forward, attend_backward)
 product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-def blocks(length: int, size: int) -> list[tuple[int, int]]:
-    return [(start, min(start + size, length)) for start in range(0, length, size)]
+def blocks(length: int, size: int, causal: bool) -> list[tuple[int, int, int]]:
+    """(first query, end of the queries, end of the keys that they see) of each block."""
+    ends = ((start, min(start + size, length)) for start in range(0, length, size))
+    return [(start, stop, stop if causal else length) for start, stop in ends]
 
 
 def scores_of(q, k, start: int, stop: int, causal: bool):

@@ -67,10 +67,6 @@ class Static(NamedTuple):
     causal: bool
     interpret: bool
 
-    def blocks(self, length: int) -> list[tuple[int, int, int]]:
-        """(first query, end of the queries, end of the keys that they see) of each block."""
-        return [(start, stop, stop if self.causal else length) for start, stop in blocks(length, self.block_size)]
-
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def rotary_attention(q, k, v, cos, sin, static):
@@ -97,7 +93,9 @@ def run(kernel, static: Static, cos, sin, *arrays, products: int, outputs: int):
     one = pl.BlockSpec((1, length, columns), lambda row, group: (row, 0, group))
     table = pl.BlockSpec((length, columns), lambda row, group: (0, 0))
     heads = batch * width // static.head_dim
-    scores = heads * sum((stop - start) * seen for start, stop, seen in static.blocks(length))
+    scores = heads * sum(
+        (stop - start) * seen for start, stop, seen in blocks(length, static.block_size, static.causal)
+    )
     cost = pl.CostEstimate(
         flops=2 * products * scores * columns,
         transcendentals=scores,
@@ -119,7 +117,7 @@ def run(kernel, static: Static, cos, sin, *arrays, products: int, outputs: int):
 def forward_kernel(cos, sin, q, k, v, out, *, static: Static):
     turned_q, turned_k = turned_pair(q[0], k[0], cos[...], sin[...], static)
     values = v[0]
-    for start, stop, seen in static.blocks(values.shape[0]):
+    for start, stop, seen in blocks(values.shape[0], static.block_size, static.causal):
         rows = turned_q[start:stop]
         mixed = jnp.zeros(rows.shape, jnp.float32)
         for own in heads_of(rows.shape, static.head_dim):
@@ -133,7 +131,7 @@ def backward_kernel(cos, sin, q, k, v, gradient, dq, dk, dv, *, static: Static):
     values, g, dtype = v[0], gradient[0], q.dtype
     length, columns = values.shape
     dkeys = dvalues = jnp.zeros((length, columns), jnp.float32)
-    for start, stop, seen in reversed(static.blocks(length)):
+    for start, stop, seen in reversed(blocks(length, static.block_size, static.causal)):
         rows, g_rows = turned_q[start:stop], g[start:stop]
         dqueries = jnp.zeros(rows.shape, jnp.float32)
         dkeys_here = dvalues_here = jnp.zeros((seen, columns), jnp.float32)

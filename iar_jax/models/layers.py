@@ -1,5 +1,7 @@
 """What the layers of all transformers are made of."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from iar_jax.models.remat import KEPT
+from iar_jax.models.remat import KEPT, REMAT_POLICIES
 
 
 def swiglu_hidden_dim(dim: int) -> int:
@@ -19,6 +21,55 @@ def partitioned(init, *axes: str | None):
     return nn.with_logical_partitioning(init, axes)
 
 
+def normed(x: Float[Array, "B L D"], epsilon: float) -> Float[Array, "B L D"]:
+    """x / rms(x), in float32."""
+    x32 = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
+    return x32 * checkpoint_name(inverse, KEPT)
+
+
+def to_heads(x: Float[Array, "B L D"], weights: Float[Array, "D ..."], dtype: DTypeLike) -> Float[Array, "B L W"]:
+    """What a projection makes of x, heads side by side.
+
+    The weights are a plain matrix, and behind a barrier, so that their gradient is one too and needs no transposed
+    copies of activations; heads lead, so a split over them stays one. The product is kept as it leaves the matrix unit:
+    TPUs would pad narrow heads.
+    """
+    matrix = jax.lax.optimization_barrier(weights.astype(dtype).reshape(x.shape[-1], -1))
+    out = (x.reshape(-1, x.shape[-1]) @ matrix).reshape(*x.shape[:2], -1)
+    return checkpoint_name(nn.with_logical_constraint(out, ("batch", None, "heads")), KEPT)
+
+
+def from_heads(
+    mixed: Float[Array, "B L H K"], weights: Float[Array, "H K D"], dtype: DTypeLike
+) -> Float[Array, "B L D"]:
+    """The projection behind attention."""
+    out = mixed.reshape(*mixed.shape[:2], -1)
+    out = checkpoint_name(nn.with_logical_constraint(out, ("batch", None, "heads")), KEPT)
+    matrix = jax.lax.optimization_barrier(weights.astype(dtype).reshape(-1, weights.shape[-1]))
+    return (out.reshape(-1, out.shape[-1]) @ matrix).reshape(*out.shape[:2], -1)
+
+
+def scanned(block: type[nn.Module], *, num_layers: int, unroll: int, remat: str, **fields: Any) -> nn.Module:
+    """Layers that are stacked in one tree of parameters, and run one after the other.
+
+    Args:
+        block: (x, what all layers share) -> (x, None).
+        unroll: layers compiled as one step of the scan; 0 is all.
+        remat: what the backward pass recomputes, a key of REMAT_POLICIES.
+        fields: of `block`.
+    """
+    return nn.scan(
+        nn.remat(block, prevent_cse=False, policy=REMAT_POLICIES[remat]),
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=nn.broadcast,
+        length=num_layers,
+        unroll=unroll or num_layers,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )(**fields)
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) in float32, cast back, times a weight."""
 
@@ -28,10 +79,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         weight = self.param("weight", partitioned(nn.initializers.ones, "norm"), (x.shape[-1],))
-        x32 = x.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
-        normed = x32 * checkpoint_name(inverse, KEPT)
-        return normed.astype(self.dtype) * weight.astype(self.dtype)
+        return normed(x, self.epsilon).astype(self.dtype) * weight.astype(self.dtype)
 
 
 class Dropout(nn.Module):

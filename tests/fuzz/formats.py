@@ -257,17 +257,25 @@ def varint(value: int) -> bytes:
     return bytes([*found, value])
 
 
+def constant(shape: tuple[int, ...], content: bytes | None = None, number: float = 0.0, name: bytes = b"name") -> bytes:
+    """A node of a graph: a float32 constant of some bytes, or one number for all of it."""
+    dims = b"".join(field(2, 2, field(1, 0, size)) for size in shape)
+    tensor = field(1, 0, 1) + field(2, 2, dims)
+    tensor += field(4, 2, content) if content is not None else field(5, 2, struct.pack("<f", number))
+    value = field(1, 2, b"value") + field(2, 2, field(8, 2, tensor))
+    return field(1, 2, name) + field(2, 2, b"Const") + field(5, 2, value)
+
+
+def graph_of(*nodes: bytes) -> bytes:
+    return b"".join(field(1, 2, node) for node in nodes)
+
+
 def graph() -> list[bytes]:
     """A graph with a placeholder and two constants."""
-    nodes = []
-    for name, shape, content in (("a/weights", (2, 3), np.arange(6, dtype="<f4").tobytes()), ("b", (4,), None)):
-        dims = b"".join(field(2, 2, field(1, 0, size)) for size in shape)
-        tensor = field(1, 0, 1) + field(2, 2, dims)
-        tensor += field(4, 2, content) if content is not None else field(5, 2, struct.pack("<f", 1.5))
-        value = field(1, 2, b"value") + field(2, 2, field(8, 2, tensor))
-        nodes.append(field(1, 2, name.encode()) + field(2, 2, b"Const") + field(5, 2, value))
-    nodes.append(field(1, 2, b"images") + field(2, 2, b"Placeholder"))
-    return [b"".join(field(1, 2, node) for node in nodes)]
+    weights = constant((2, 3), np.arange(6, dtype="<f4").tobytes(), name=b"a/weights")
+    return [
+        graph_of(weights, constant((4,), number=1.5, name=b"b"), field(1, 2, b"images") + field(2, 2, b"Placeholder"))
+    ]
 
 
 def read_graph(path: Path) -> list[np.ndarray]:

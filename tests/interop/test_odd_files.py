@@ -5,7 +5,6 @@ import gzip
 import io
 import pickle
 import shutil
-import struct
 import time
 import zipfile
 from pathlib import Path
@@ -18,7 +17,7 @@ from iar_jax.interop import graph_def, llamagen, state_dicts, torch_files
 from iar_jax.interop.state_dicts import read_state_dict
 from iar_jax.interop.torch_files import read_torch_file
 from iar_jax.runtime.errors import UserError
-from tests.fuzz.formats import field
+from tests.fuzz.formats import constant, graph_of
 
 CASES = Path(__file__).parents[1] / "cases"
 
@@ -187,18 +186,6 @@ def test_a_text_to_image_model_is_named_as_one(tmp_path):
     save_file({name: np.zeros(shape, np.float32) for name, shape in weights.items()}, tmp_path / "t2i.safetensors")
     with pytest.raises(UserError, match="it is LlamaGen's text-to-image model, not read here"):
         llamagen.load_transformer(tmp_path / "t2i.safetensors", num_heads=2, grid_size=2)
-
-
-def graph_of(*nodes):
-    return b"".join(field(1, 2, node) for node in nodes)
-
-
-def constant(shape, content=None, number=None):
-    dims = b"".join(field(2, 2, field(1, 0, size)) for size in shape)
-    tensor = field(1, 0, 1) + field(2, 2, dims)
-    tensor += field(4, 2, content) if content is not None else field(5, 2, struct.pack("<f", number))
-    value = field(1, 2, b"value") + field(2, 2, field(8, 2, tensor))
-    return field(1, 2, b"name") + field(2, 2, b"Const") + field(5, 2, value)
 
 
 @pytest.mark.parametrize(

@@ -15,29 +15,12 @@ from iar_jax.generators.autoregressive.decoding import generate
 from iar_jax.generators.autoregressive.transformer import Transformer
 from iar_jax.generators.code_layout import CodeLayout
 from iar_jax.generators.guidance import is_guided
-from iar_jax.generators.settings import NO_OBJECTIVE, Facts, Objective, SamplingSettings, Work
+from iar_jax.generators.settings import NETWORK_FIELDS, NO_OBJECTIVE, Facts, Objective, SamplingSettings, Work
 from iar_jax.losses.cluster_loss import cluster_loss
 from iar_jax.models.attention import Case, announced
 from iar_jax.models.layers import swiglu_hidden_dim
 from iar_jax.runtime.errors import UserError
 from iar_jax.runtime.section import Section
-
-# Fields of config.model that are the network's as they are.
-FIELDS = (
-    "dim",
-    "num_layers",
-    "num_heads",
-    "init_std",
-    "token_dropout_rate",
-    "residual_dropout_rate",
-    "ffn_dropout_rate",
-    "drop_path_rate",
-    "class_dropout_rate",
-    "remat",
-    "attention",
-    "attention_block",
-    "scan_unroll",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,17 +155,14 @@ def build_autoregressive(section: Section, facts: Facts, objective: Objective) -
     Raises:
         ValueError: the layout is not one square.
     """
-    if len(facts.layout.sides) != 1:
-        raise ValueError(f"the kind autoregressive goes over one square of codes, not those of {facts.layout.sides}")
-    (side,) = facts.layout.sides
     network = Transformer(
         vocab_size=facts.vocab_size,
         num_classes=facts.num_classes,
-        grid_size=side,
+        grid_size=facts.layout.only_side("autoregressive"),
         hidden_dim=section["hidden_dim"] or swiglu_hidden_dim(section["dim"]),
         num_kv_heads=section["num_kv_heads"] or None,
         dtype=jnp.dtype(section["dtype"]),
-        **{name: section[name] for name in FIELDS},
+        **{name: section[name] for name in NETWORK_FIELDS},
     )
     return Autoregressive(network, objective)
 

@@ -14,8 +14,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from iar_jax.models.attention import attend
-from iar_jax.models.layers import Dropout, FeedForward, RMSNorm, partitioned
-from iar_jax.models.remat import KEPT, REMAT_POLICIES
+from iar_jax.models.layers import Dropout, FeedForward, RMSNorm, from_heads, partitioned, scanned, to_heads
+from iar_jax.models.remat import KEPT
 from iar_jax.models.rope import rope_table
 
 
@@ -44,22 +44,11 @@ class Attention(nn.Module):
             (dim, self.num_kv_heads, group + 2, head_dim),
         )
         wo = self.param("wo", partitioned(init, "heads", "head_dim", "embed"), (self.num_heads, head_dim, dim))
-        tokens = x.reshape(-1, dim)
-
-        def heads(weights):
-            # As a plain matrix, and behind a barrier, so that its gradient is one too and needs no transposed copies of
-            # activations; heads lead, so a split over them stays one. The product is kept as it leaves the matrix unit:
-            # TPUs would pad narrow heads.
-            matrix = jax.lax.optimization_barrier(weights.astype(self.dtype).reshape(dim, -1))
-            out = (tokens @ matrix).reshape(*x.shape[:2], -1)
-            out = checkpoint_name(nn.with_logical_constraint(out, ("batch", None, "heads")), KEPT)
-            return out.reshape(*x.shape[:2], -1, head_dim)
-
-        q, k, v = heads(wqkv[:, :, :group]), heads(wqkv[:, :, group]), heads(wqkv[:, :, group + 1])
-        out = attend(self.kind, q, k, v, rope, self.block_size, causal=True).reshape(x.shape)
-        out = checkpoint_name(nn.with_logical_constraint(out, ("batch", None, "heads")), KEPT)
-        matrix = jax.lax.optimization_barrier(wo.astype(self.dtype).reshape(-1, dim))
-        return (out.reshape(-1, dim) @ matrix).reshape(x.shape)
+        q, k, v = (
+            to_heads(x, part, self.dtype).reshape(*x.shape[:2], -1, head_dim)
+            for part in (wqkv[:, :, :group], wqkv[:, :, group], wqkv[:, :, group + 1])
+        )
+        return from_heads(attend(self.kind, q, k, v, rope, self.block_size, causal=True), wo, self.dtype)
 
 
 class Block(nn.Module):
@@ -160,15 +149,13 @@ class Transformer(nn.Module):
             "class_table", partitioned(init, "classes", "embed"), (self.num_classes + 1, self.dim)
         )
         self.token_table = self.param("token_table", partitioned(init, "vocab", "embed"), (self.vocab_size, self.dim))
-        self.layers = nn.scan(
-            nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[self.remat]),
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=nn.broadcast,
-            length=self.num_layers,
-            unroll=self.scan_unroll or self.num_layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(**self.block_fields())
+        self.layers = scanned(
+            Block,
+            num_layers=self.num_layers,
+            unroll=self.scan_unroll,
+            remat=self.remat,
+            **self.block_fields(),
+        )
         self.norm = RMSNorm(self.norm_eps, self.dtype)
         self.head = self.param(
             "head", partitioned(nn.initializers.zeros, "embed", "vocab"), (self.dim, self.vocab_size)

@@ -16,7 +16,7 @@ from iar_jax.generators.guidance import is_guided
 from iar_jax.generators.masked.masking import draw_masks
 from iar_jax.generators.masked.sampling import sample_codes
 from iar_jax.generators.masked.transformer import MaskedTransformer
-from iar_jax.generators.settings import NO_OBJECTIVE, Facts, Objective, SamplingSettings, Work
+from iar_jax.generators.settings import NETWORK_FIELDS, NO_OBJECTIVE, Facts, Objective, SamplingSettings, Work
 from iar_jax.losses.cluster_loss import cluster_loss
 from iar_jax.models.attention import Case, announced
 from iar_jax.models.layers import swiglu_hidden_dim
@@ -24,23 +24,7 @@ from iar_jax.runtime.errors import UserError
 from iar_jax.runtime.section import Section
 
 # Fields of config.model that are the network's as they are.
-FIELDS = (
-    "dim",
-    "num_layers",
-    "num_heads",
-    "num_registers",
-    "mask_output",
-    "init_std",
-    "token_dropout_rate",
-    "residual_dropout_rate",
-    "ffn_dropout_rate",
-    "drop_path_rate",
-    "class_dropout_rate",
-    "remat",
-    "attention",
-    "attention_block",
-    "scan_unroll",
-)
+FIELDS = (*NETWORK_FIELDS, "num_registers", "mask_output")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,13 +172,10 @@ def build_masked(section: Section, facts: Facts, objective: Objective) -> Masked
     Raises:
         ValueError: the layout is not one square.
     """
-    if len(facts.layout.sides) != 1:
-        raise ValueError(f"the kind masked goes over one square of codes, not those of {facts.layout.sides}")
-    (side,) = facts.layout.sides
     network = MaskedTransformer(
         vocab_size=facts.vocab_size,
         num_classes=facts.num_classes,
-        grid_size=side,
+        grid_size=facts.layout.only_side("masked"),
         hidden_dim=section["hidden_dim"] or swiglu_hidden_dim(section["dim"]),
         dtype=jnp.dtype(section["dtype"]),
         **{name: section[name] for name in FIELDS},

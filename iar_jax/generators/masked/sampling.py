@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from iar_jax.generators.guidance import draw, is_guided, scale_at
+from iar_jax.generators.guidance import draw, guided, is_guided, scale_at
 from iar_jax.generators.masked.masking import halton_order, masked_after_steps, set_after_steps
 from iar_jax.generators.masked.transformer import MaskedTransformer
 from iar_jax.generators.settings import SamplingSettings
@@ -140,7 +140,7 @@ def drawn_codes(network, params, labels, codes, keys, scale, temperature, static
         logits = logits.reshape(batch, halves, chunk, -1)
         conditional, unconditional = logits[:, 0], logits[:, -1]
         if static.guided:
-            conditional = unconditional + jnp.reshape(scale, (-1, 1, 1)) * (conditional - unconditional)
+            conditional = guided(conditional, unconditional, jnp.reshape(scale, (-1, 1, 1)))
         tempered = conditional.reshape(batch * chunk, -1) / temperature
         draws = jax.lax.dynamic_slice_in_dim(uniform, start, chunk, axis=1).reshape(-1)
         found = draw(tempered.T, draws, jnp.float32(1.0), top_k=static.top_k, top_p=static.top_p)

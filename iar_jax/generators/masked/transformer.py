@@ -16,8 +16,17 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from iar_jax.models.attention import attend
-from iar_jax.models.layers import Dropout, FeedForward, RMSNorm, partitioned
-from iar_jax.models.remat import KEPT, REMAT_POLICIES
+from iar_jax.models.layers import (
+    Dropout,
+    FeedForward,
+    RMSNorm,
+    from_heads,
+    normed,
+    partitioned,
+    scanned,
+    to_heads,
+)
+from iar_jax.models.remat import KEPT
 
 EPSILON = 1e-5
 
@@ -25,12 +34,6 @@ EPSILON = 1e-5
 def matrices(in_axes: Sequence[int] = (0,), out_axes: Sequence[int] = (-1,)) -> nn.initializers.Initializer:
     """Glorot's uniform draw, for a matrix whose rows and columns are some axes of an array."""
     return nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis=in_axes, out_axis=out_axes)
-
-
-def normed(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """x / rms(x), in float32."""
-    x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + EPSILON)
 
 
 class Modulation(nn.Module):
@@ -66,21 +69,10 @@ class Attention(nn.Module):
         wqkv = self.param("wqkv", qkv, (dim, self.num_heads, 3, head_dim))
         out = partitioned(matrices((0, 1), (2,)), "heads", "head_dim", "embed")
         wo = self.param("wo", out, (self.num_heads, head_dim, dim))
-        tokens = x.reshape(-1, dim)
-
-        def heads(weights):
-            # A plain matrix, kept as it leaves the matrix unit; see the autoregressive transformer.
-            matrix = jax.lax.optimization_barrier(weights.astype(self.dtype).reshape(dim, -1))
-            out = (tokens @ matrix).reshape(*x.shape[:2], -1)
-            return checkpoint_name(nn.with_logical_constraint(out, ("batch", None, "heads")), KEPT)
-
-        q, k, v = (heads(wqkv[:, :, i]) for i in range(3))
-        q, k = normed(q).astype(self.dtype), normed(k).astype(self.dtype)
+        q, k, v = (to_heads(x, wqkv[:, :, i], self.dtype) for i in range(3))
+        q, k = (normed(part, EPSILON).astype(self.dtype) for part in (q, k))
         q, k, v = (part.reshape(*x.shape[:2], -1, head_dim) for part in (q, k, v))
-        mixed = attend(self.kind, q, k, v, None, self.block_size, causal=False).reshape(*x.shape[:2], -1)
-        mixed = checkpoint_name(nn.with_logical_constraint(mixed, ("batch", None, "heads")), KEPT)
-        matrix = jax.lax.optimization_barrier(wo.astype(self.dtype).reshape(-1, dim))
-        return (mixed.reshape(-1, matrix.shape[0]) @ matrix).reshape(x.shape)
+        return from_heads(attend(self.kind, q, k, v, None, self.block_size, causal=False), wo, self.dtype)
 
 
 class Block(nn.Module):
@@ -173,15 +165,11 @@ class MaskedTransformer(nn.Module):
         self.mask_vector = table("mask_vector", 1, None, "embed")
         self.position_table = table("position_table", self.num_tokens, None, "embed")
         self.register_table = table("register_table", self.num_registers, None, "embed")
-        self.layers = nn.scan(
-            nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[self.remat]),
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=nn.broadcast,
-            length=self.num_layers,
-            unroll=self.scan_unroll or self.num_layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(
+        self.layers = scanned(
+            Block,
+            num_layers=self.num_layers,
+            unroll=self.scan_unroll,
+            remat=self.remat,
             num_heads=self.num_heads,
             hidden_dim=self.hidden_dim,
             attention_kind=self.attention,
