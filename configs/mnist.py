@@ -89,6 +89,10 @@ def get_config(arg: str = "") -> ConfigDict:
     sampling.batch_size = 250
     sampling.cfg_scale = 1.5
     config.evaluation.classifier_steps = 700
+    study = config.study
+    study.seeds = (0, 1, 2)
+    study.learning_rates = (2.5e-3, 5e-3, 1e-2)
+    study.cfg_scales = (1.0, 1.5, 2.0, 2.5)
     if "masked" in words:
         masked(config)
     return config

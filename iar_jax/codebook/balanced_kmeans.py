@@ -256,8 +256,31 @@ def optimal_runs(
     return jax.lax.map(lambda found: _run(chunks, found[0], found[1], assign, max_iterations), annealed)
 
 
+def random_runs(
+    chunks: Float[Array, "chunks rows d"], starts: Float[Array, "runs n d"], max_iterations: int
+) -> BalancedClustering:
+    """A partition that knows nothing of the vectors, drawn anew for other starts: the control of an experiment."""
+    vectors, num_clusters = chunks.reshape(-1, chunks.shape[-1]), starts.shape[1]
+
+    def run(start):
+        bits = jax.lax.bitcast_convert_type(start, jnp.uint32).ravel()
+        places = jax.random.permutation(jax.random.key(jnp.bitwise_xor.reduce(bits)), vectors.shape[0])
+        assignment = (places % num_clusters).astype(jnp.int32)
+        centroids, inertia = means_and_inertia(vectors, assignment, num_clusters)
+        history = jnp.full(max_iterations, jnp.nan).at[0].set(inertia)
+        return BalancedClustering(
+            assignment, centroids, inertia, history, jnp.int32(1), jnp.bool_(True), jnp.float32(jnp.nan)
+        )
+
+    return jax.lax.map(run, starts)
+
+
 # config.codebook.assignment: (chunks of vectors, starts, iterations) -> a clustering for each start.
-ASSIGNMENTS: dict[str, Callable[..., BalancedClustering]] = {"greedy": greedy_runs, "optimal": optimal_runs}
+ASSIGNMENTS: dict[str, Callable[..., BalancedClustering]] = {
+    "greedy": greedy_runs,
+    "optimal": optimal_runs,
+    "random": random_runs,
+}
 
 
 @jax.jit

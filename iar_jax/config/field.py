@@ -132,6 +132,19 @@ class Tuples(NamedTuple):
         return f"a tuple of {self.each}, such as {self.example}"
 
 
+class Arms(NamedTuple):
+    """Tuples of tuples of texts, none of them empty: a name, and what is other under it."""
+
+    def admits(self, value: tuple) -> bool:
+        return all(
+            isinstance(arm, (tuple, list)) and bool(arm) and all(isinstance(text, str) and text for text in arm)
+            for arm in value
+        )
+
+    def __str__(self) -> str:
+        return "a tuple of (name, section.field=value, ...), such as (('baseline', 'training.cluster_weights=(0.0,)'),)"
+
+
 @dataclasses.dataclass(frozen=True)
 class Field:
     """A field.

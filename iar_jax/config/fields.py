@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from iar_jax.config.field import (
     POSITIVE,
     SHARE,
+    Arms,
     Choices,
     Field,
     Integers,
@@ -217,7 +218,8 @@ SECTIONS: dict[str, Any] = {
         ),
         "assignment": Field(
             "optimal",
-            "greedy: the paper's algorithm; optimal: annealing, then exact assignments.",
+            "greedy: the paper's algorithm; optimal: annealing, then exact assignments; random: no clusters at all, "
+            "the control of a study.",
             Choices("iar_jax.codebook.balanced_kmeans:ASSIGNMENTS"),
         ),
         "max_iterations": Field(100, "Of k-means.", COUNT),
@@ -421,6 +423,47 @@ SECTIONS: dict[str, Any] = {
         "classifier_steps": Field(2000, "Training steps of the classifier.", COUNT),
         "classifier_batch_size": Field(64, "Images of one of them.", COUNT),
         "classifier_learning_rate": Field(2e-3, "The highest; it falls by a cosine.", POSITIVE),
+    },
+    # What `python -m iar_jax.study` reads, and no stage.
+    "study": {
+        "arms": Field(
+            (),
+            "What is compared: names, each with its overrides of this config; GROUP/NAME is compared in its group.",
+            Arms(),
+        ),
+        "runs": Field(
+            "",
+            "Directory of the runs and of what they share; empty is the workdir. Studies with the same one use each "
+            "other's runs of arms that are named and set alike.",
+            Texts(),
+        ),
+        "baseline": Field("baseline", "The arm, of each group, that the others are compared with.", Texts()),
+        "seeds": Field((0, 1, 2, 3, 4), "Of the runs that are compared, pair by pair.", Tuples(SEED, (0, 1, 2))),
+        "learning_rates": Field(
+            (),
+            "training.learning_rate is chosen among these for each arm; empty leaves it as it is.",
+            Tuples(POSITIVE, (1e-3, 2e-3), empty=True),
+        ),
+        "tuning_seeds": Field((1000,), "Of the runs by which rate and guidance are chosen.", Tuples(SEED, (1000,))),
+        "criterion": Field(
+            "token_loss",
+            "The last value of this on val chooses the rate, and steps are counted to the baseline's last value of it.",
+            Choices(also=("token_loss", "cluster_loss")),
+        ),
+        "cfg_scales": Field(
+            (),
+            "sampling.cfg_scale is chosen among these for each arm, by the Fréchet distance of cfg_images samples; "
+            "fewer than two leave it as it is.",
+            Tuples(WEIGHT, (1.0, 1.5, 2.0), empty=True),
+        ),
+        "cfg_images": Field(2000, "Samples for each of cfg_scales.", COUNT),
+        "sample_every": Field(
+            0,
+            "Steps between two points at which curve_images samples are scored, a multiple of "
+            "training.checkpoint_every; 0 scores the last step alone.",
+            COUNT_OR_NONE,
+        ),
+        "curve_images": Field(2000, "Samples for each of those points.", COUNT),
     },
 }
 

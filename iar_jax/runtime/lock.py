@@ -63,6 +63,10 @@ class Holder:
         return f"process {self.process} on {self.host}, since {self.since}"
 
 
+class InUse(UserError):
+    """Another run is in a directory."""
+
+
 @contextlib.contextmanager
 def hold(directory: epath.Path) -> Iterator[Callable[[], None]]:
     """Keeps every other run out of a directory, which is made where it is not there. Of several processes the first
@@ -72,17 +76,18 @@ def hold(directory: epath.Path) -> Iterator[Callable[[], None]]:
         What raises UserError where the directory is gone: to ask before much is written.
 
     Raises:
-        UserError: another run is in it, named; or, in place of what the block raises, the directory is gone.
+        InUse: another run is in it, named.
+        UserError: it cannot be written; or, in place of what the block raises, the directory is gone.
     """
-    problem = ""
+    problem: UserError | None = None
     keeper = None
     if distributed.is_first():
         try:
             keeper = Keeper(directory)
         except UserError as error:
-            problem = str(error)
-    if distributed.any_process(bool(problem)):
-        raise UserError(problem or f"{directory} is in use, says the first process of this run")
+            problem = error
+    if distributed.any_process(problem is not None):
+        raise problem or InUse(f"{directory} is in use, says the first process of this run")
     try:
         yield keeper.check_place if keeper else lambda: None
     except Exception as error:
@@ -220,7 +225,7 @@ class Keeper:
         if other is not None and other.token != self.holder.token:
             self._outlive(other)
         if not self.place.write(self.holder):
-            raise UserError(in_use(self.directory / LOCK_FILE, self.place.read()))
+            raise InUse(in_use(self.directory / LOCK_FILE, self.place.read()))
 
     def _outlive(self, other: Holder) -> None:
         """Returns once the other holder is known to be dead."""
@@ -236,7 +241,7 @@ class Keeper:
             if seen is None:
                 return
             if seen != other:
-                raise UserError(in_use(path, seen))
+                raise InUse(in_use(path, seen))
         say(f"{path}: no heartbeat of {other} for {DEAD_AFTER_SECONDS:.0f} s; taking over")
 
     def _beat(self) -> None:
@@ -278,7 +283,7 @@ class Keeper:
     def _check_ours(self) -> None:
         seen = self.place.read()
         if seen is not None and seen.token != self.holder.token:
-            raise UserError(in_use(self.directory / LOCK_FILE, seen))
+            raise InUse(in_use(self.directory / LOCK_FILE, seen))
         if seen is None and in_bucket(self.directory):
             raise UserError(moved(self.directory))
 

@@ -1,0 +1,160 @@
+"""If these fail, a study loses runs, makes some twice, or says what its runs do not show."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+
+import pytest
+
+from tests.stages import ROOT, TINY, call, command, environment, wait_until
+
+CONFIG = "configs/studies/ablation.py:mnist"
+ARMS = (
+    ("baseline", "training.cluster_weights=(0.0,)"),
+    ("iar", "training.cluster_weights=(1.0,)"),
+    ("again", "training.cluster_weights=(0.0,)"),
+)
+OPTIONS = [
+    *TINY,
+    f"--config.study.arms={ARMS}",
+    "--config.study.seeds=(0,1)",
+    "--config.study.learning_rates=()",
+    "--config.study.cfg_scales=()",
+    "--config.study.sample_every=10",
+    "--config.study.curve_images=10",
+]
+RUNS = ["baseline/0", "baseline/1", "iar/0", "iar/1", "again/0"]
+
+
+def study(workdir, *arguments, **options):
+    return call("study", workdir, *OPTIONS, *arguments, config=CONFIG, **options)
+
+
+def content_of(path):
+    """The answer, without what differs from one making to the next: times, and where things lie."""
+
+    def without(tree):
+        if not isinstance(tree, dict):
+            return tree
+        return {k: without(v) for k, v in tree.items() if "seconds" not in k and k not in ("grid", "inputs", "runs")}
+
+    content = json.loads((path / "study.json").read_text())
+    found = without(content["arms"])
+    for name, arm in content["arms"].items():
+        found[name]["runs"] = {seed: without(run) for seed, run in arm["runs"].items()}
+    return found
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """A study whose processes were killed at once in the midst of its runs, and that was started again."""
+    path = tmp_path_factory.mktemp("study") / "killed"
+    process = subprocess.Popen(
+        command("study", path, *OPTIONS, "--workers=2", config=CONFIG),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    wait_until(lambda: list(path.glob("runs/iar/*/train/checkpoints/10")) or process.poll() is not None, 300)
+    assert process.poll() is None
+    pieces = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
+    for piece in pieces:
+        os.kill(int(piece), signal.SIGKILL)
+    process.communicate()
+    assert not (path / "study.json").exists()
+    return path, study(path).stdout
+
+
+@pytest.mark.slow
+def test_a_killed_study_goes_on_and_answers(killed):
+    path, output = killed
+    assert "baseline/shared in" not in output
+    assert "ends as baseline does, to the last bit" in output
+    content = json.loads((path / "study.json").read_text())
+    arms = content["arms"]
+    assert {name: arm["seeds"] for name, arm in arms.items()} == {"baseline": [0, 1], "iar": [0, 1], "again": [0]}
+    ratio = arms["iar"]["steps_ratio"]
+    assert ratio["seeds"] == 2
+    assert ratio["low"] < ratio["mean"] < ratio["high"]
+    assert arms["baseline"]["steps_ratio"] is None
+    assert arms["again"]["equal_to"] == {"arm": "baseline", "exactly": True}
+    assert arms["iar"]["curves"]["token_loss"]["steps"] == [10, 20, 24]
+    assert arms["iar"]["curves"]["frechet_distance"]["steps"] == [10, 20, 24]
+    assert arms["iar"]["scores"]["mind"]["seeds"] == 2
+    report = (path / "report.html").read_text()
+    assert "no difference shown" in report
+    assert "http" not in report
+
+
+@pytest.mark.slow
+def test_slices_in_any_order_end_as_one(killed, tmp_path):
+    reference, _ = killed
+    (tokens,) = reference.glob("shared/tokens-*")
+    (partition,) = tokens.glob("partition-*")
+    inputs = [f"--config.inputs.{name}={tokens / name}" for name in ("tokenizer", "codes")]
+    inputs.append(f"--config.inputs.codebook={partition / 'codebook'}")
+    listed = study(tmp_path, *inputs, "--list").stdout.split()
+    assert listed == ["baseline/shared", *RUNS]
+    # Two at once, the last first, both in need of what is shared.
+    slices = [
+        subprocess.Popen(
+            command("study", tmp_path, *OPTIONS, *inputs, f"--run={name}", config=CONFIG),
+            cwd=ROOT,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for name in ("again/0", "iar/1")
+    ]
+    for process in slices:
+        output, _ = process.communicate()
+        assert process.returncode == 0, output
+    assert study(tmp_path, *inputs, "--nomake").stdout.count("not finished") == 1
+    output = study(tmp_path, *inputs).stdout
+    assert "3 of them to be made" in output
+    assert content_of(tmp_path) == content_of(reference)
+
+
+@pytest.mark.slow
+def test_a_damaged_run_is_named_and_made_again(killed, tmp_path):
+    shutil.copytree(killed[0], tmp_path / "copy")
+    path = tmp_path / "copy"
+    (damaged,) = path.glob("runs/iar/*-1-*/result-*")
+    for name in ("metadata.json", "metadata.copy.json"):
+        (damaged / name).write_text("{")
+    output = study(path).stdout
+    assert f"{damaged}/metadata.json is damaged" in output
+    assert "1 of them to be made" in output
+    assert content_of(path) == content_of(killed[0])
+
+
+@pytest.mark.slow
+def test_a_signal_stops_a_study_and_its_processes(tmp_path):
+    process = subprocess.Popen(
+        command("study", tmp_path, *OPTIONS, config=CONFIG),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    log = tmp_path / "logs" / "baseline" / "shared.txt"
+    wait_until(lambda: log.exists() and "train_tokenizer" in log.read_text(), 120)
+    process.terminate()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert "study stopped with 1 pieces under way" in output
+    assert "run the same command to go on" in log.read_text()
+
+
+def test_no_such_piece(tmp_path):
+    done = study(tmp_path, "--run=iar/9", check=False)
+    assert done.returncode == 2
+    assert "the study has no such piece; --list shows all, such as again/0" in done.stderr
