@@ -2,6 +2,7 @@
 
     python -m benchmarks.train_step                        LlamaGen's B, 4 x 256 tokens, float32
     python -m benchmarks.train_step --model=B --batch=8 --repeats=9
+    taskset -c 0 python -m benchmarks.train_step --config=configs/cifar10.py:PATH --batch=32    a step of a study
 
 The matrix rate is that of a 2048 x 2048 x 2048 product, measured before each step, and the share is the median over
 the steps. The step's FLOPs are the model's (three times the forward products, the causal half of attention, nothing
@@ -11,6 +12,7 @@ a tenth of the time: GLIBC_TUNABLES=glibc.malloc.hugetlb=1, which launch/demo.sh
 
 import argparse
 import functools
+import runpy
 import statistics
 import time
 from collections.abc import Callable
@@ -23,6 +25,7 @@ import optax
 from ml_collections import ConfigDict
 
 from configs.imagenet import get_config
+from iar_jax.config.checks import grid_size
 from iar_jax.generators.code_layout import CodeLayout
 from iar_jax.generators.generator import Generator, build_generator
 from iar_jax.generators.settings import Facts, Objective
@@ -49,6 +52,9 @@ def seconds(function, *arguments, repeats: int, donates: bool = False) -> float:
     return statistics.median(found)
 
 
+NUM_CLASSES = 1000
+
+
 class Problem(NamedTuple):
     """A generator with its optimizer, compiled train step, fresh state, and a batch of random labels and codes."""
 
@@ -60,19 +66,24 @@ class Problem(NamedTuple):
 
 
 def fresh_problem(config: ConfigDict, batch_size: int) -> Problem:
-    """The problem of a config of configs/imagenet.py at 256 px."""
-    objective = Objective((128,), config.training.loss_chunks)
-    generator = build_generator(config.model, Facts(16384, 1000, CodeLayout.square(16)), objective)
+    """The problem of a config, whose pictures are not opened: its codes are drawn at random."""
+    codebook_size, layout = config.tokenizer.codebook_size, CodeLayout.square(grid_size(config))
+    objective = Objective.of(config.training, tuple(config.codebook.cluster_sizes))
+    generator = build_generator(config.model, Facts(codebook_size, NUM_CLASSES, layout), objective)
     optimizer = optimizer_of(config.training, generator.decays)
     init = functools.partial(generator_steps.init_train_state, generator=generator, optimizer=optimizer)
     state = jax.jit(lambda key: sharding.unbox(init(key)))(jax.random.key(0))
     step = generator_steps.make_train_step(
-        generator, optimizer, cluster_weights=(1.0,), ema_decay=0.9999, key=jax.random.key(1)
+        generator,
+        optimizer,
+        cluster_weights=tuple(config.training.cluster_weights),
+        ema_decay=config.training.ema_decay,
+        key=jax.random.key(1),
     )
     rng = np.random.default_rng(0)
     batch = {
-        "label": jnp.asarray(rng.integers(0, 1000, batch_size), jnp.int32),
-        "codes": jnp.asarray(rng.integers(0, 16384, (batch_size, generator.layout.length)), jnp.int32),
+        "label": jnp.asarray(rng.integers(0, NUM_CLASSES, batch_size), jnp.int32),
+        "codes": jnp.asarray(rng.integers(0, codebook_size, (batch_size, generator.layout.length)), jnp.int32),
     }
     return Problem(generator, optimizer, jax.jit(step, donate_argnums=0), state, batch)
 
@@ -95,15 +106,17 @@ def interleaved(step: Callable, state: Any, batch: Any, repeats: int) -> tuple[l
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="B")
+    parser.add_argument("--model", default="B", help="one of LlamaGen's, at 256 px")
+    parser.add_argument("--config", default="", help="another config, in its place")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--loss_chunks", type=int, default=1)
     parser.add_argument("--attention_block", type=int, default=64)
     arguments = parser.parse_args()
-    config = get_config(f"{arguments.model},256")
-    repeats, batch_size, length = arguments.repeats, arguments.batch, 256
+    path, _, rest = arguments.config.partition(":")
+    config = runpy.run_path(path)["get_config"](rest) if path else get_config(f"{arguments.model},256")
+    repeats, batch_size, length = arguments.repeats, arguments.batch, grid_size(config) ** 2
     config.model.dtype = arguments.dtype
     config.model.attention_block = arguments.attention_block
     config.model.scan_unroll = config.model.num_layers
@@ -118,7 +131,7 @@ def main() -> None:
     hidden = config.model.hidden_dim or swiglu_hidden_dim(dim)
     dtype = jnp.dtype(arguments.dtype)
     x = jnp.asarray(rng.standard_normal((batch_size, length, dim)), dtype)
-    rope = jnp.asarray(rope_table(16, dim // config.model.num_heads, 10000.0)[:length])
+    rope = jnp.asarray(rope_table(grid_size(config), dim // config.model.num_heads, 10000.0)[:length])
 
     def attention(q, k, v):
         q, k = apply_rope(q, rope), apply_rope(k, rope)
@@ -140,7 +153,8 @@ def main() -> None:
     chain *= (4 * dim**2 + 3 * dim * hidden) / sum(int(np.prod(size)) for size in sizes)
 
     def head_and_loss(hidden, weights):
-        return cluster_loss(hidden, weights, batch["codes"], [(128, 1.0)], num_chunks=arguments.loss_chunks)
+        levels = list(zip(config.codebook.cluster_sizes, config.training.cluster_weights, strict=True))
+        return cluster_loss(hidden, weights, batch["codes"], levels, num_chunks=arguments.loss_chunks)
 
     weights = jnp.asarray(0.02 * rng.standard_normal((dim, generator.facts.vocab_size)), jnp.float32)
     head = seconds(jax.jit(jax.grad(head_and_loss, (0, 1), has_aux=True)), x, weights, repeats=repeats)
@@ -155,7 +169,8 @@ def main() -> None:
 
     flops = generator.flops(batch_size)
     share = statistics.median(flops / each / rate for each, rate in zip(times, rates, strict=True))
-    print(f"{arguments.model}, {batch_size} x {length} tokens, {arguments.dtype}, {jax.devices()[0].device_kind}")
+    device = jax.devices()[0].device_kind
+    print(f"{arguments.config or arguments.model}, {batch_size} x {length} tokens, {arguments.dtype}, {device}")
     print(f"machine's matrix rate   {statistics.median(rates) / 1e9:8.0f} GFLOP/s")
     print(f"step                    {whole:8.3f} s, {batch_size * length / whole:,.0f} tokens/s")
     print(f"model FLOPs a step      {flops:8.3g}: {flops / whole / 1e9:.0f} GFLOP/s, {share:.1%} of it")

@@ -5,7 +5,7 @@
     python -m iar_jax.pipeline --config=configs/cifar10.py:runs/data/cifar10/train --workdir=runs/cifar10
 
 The argument is the folder of the training pictures, one sub-folder a class, or `parquet:PATH` or `tfds:cifar10`; a word
-`baseline` behind a comma is plain cross-entropy. A tenth of a folder is held out for validation.
+`baseline` behind a comma is plain cross-entropy. A twentieth of a folder is held out for validation.
 """
 
 from ml_collections import ConfigDict
@@ -30,21 +30,22 @@ def get_config(arg: str = "") -> ConfigDict:
     data.source = path if path.startswith(SOURCES) else f"folder:{path}"
     data.resolution = 32
     data.augmentation = "crop_flip"
+    data.val_fraction = 0.05
 
     # 4 x 4 pixels a code, 8 x 8 codes.
     tokenizer = config.tokenizer
-    tokenizer.channels = 96
+    tokenizer.channels = 64
     tokenizer.channel_multipliers = (1,)
-    tokenizer.num_res_blocks = 2
-    tokenizer.z_channels = 96
+    tokenizer.num_res_blocks = 1
+    tokenizer.z_channels = 64
     tokenizer.codebook_size = 4096
     tokenizer.codebook_dim = 8
     tokenizer.patch_size = 4
     tokenizer.attention = False
     training = config.tokenizer_training
-    training.num_steps = 4000
+    training.num_steps = 3000
     training.batch_size = 64
-    training.learning_rate = 2e-3
+    training.learning_rate = 4e-3
     training.schedule = "cosine"
     training.warmup_steps = 50
     training.b2 = 0.99
@@ -56,7 +57,7 @@ def get_config(arg: str = "") -> ConfigDict:
     training.commitment_weight = 1.5
     training.quantize_from_step = 100
     training.restart_every = 50
-    training.restart_until_step = 3200
+    training.restart_until_step = 2400
     training.log_every = 50
     training.eval_every = 500
     training.checkpoint_every = 500
@@ -77,7 +78,7 @@ def get_config(arg: str = "") -> ConfigDict:
     model.residual_dropout_rate = 0.0
     model.ffn_dropout_rate = 0.0
     training = config.training
-    training.num_steps = 4000
+    training.num_steps = 1500
     training.batch_size = 32
     training.cluster_weights = (0.0 if comma else 1.0,)
     training.learning_rate = 3e-3
@@ -86,12 +87,16 @@ def get_config(arg: str = "") -> ConfigDict:
     training.weight_decay = 0.03
     training.ema_decay = 0.99
     training.log_every = 50
-    training.eval_every = 500
+    training.eval_every = 100
     training.checkpoint_every = 500
 
     sampling = config.sampling
-    sampling.num_images = 2000
+    sampling.num_images = 10_000
     sampling.batch_size = 250
     sampling.cfg_scale = 2.0
     config.evaluation.classifier_steps = 3000
+    study = config.study
+    study.learning_rates = (1.5e-3, 3e-3, 6e-3)
+    study.cfg_scales = (1.0, 1.5, 2.0, 2.5)
+    study.sample_every = 500
     return config

@@ -1,6 +1,6 @@
 """From how many codes on does it help? Codebooks of 512 to 16,384 codes in 128 clusters, each with its own baseline.
 
-    python -m iar_jax.study --config=configs/studies/codebook.py:cifar10:PATH --workdir=runs/codebook
+python -m iar_jax.study --config=configs/studies/codebook.py:cifar10:PATH --workdir=runs/codebook
 """
 
 from ml_collections import ConfigDict

@@ -1,5 +1,5 @@
-"""Does it help beyond the first epochs? The ablation's two arms for many passes over a tenth of the pictures (the paper's
-Figure 3c), until the baseline's loss on val turns.
+"""Does it help beyond the first epochs? The ablation's two arms for many passes over the pictures, until the baseline's
+loss on val turns (the paper's Figure 3c).
 
     python -m iar_jax.study --config=configs/studies/epochs.py:cifar10:PATH --workdir=runs/epochs
 """

@@ -1,6 +1,6 @@
 """Does it help transformers of any size? Four widths, each with its own baseline (the paper's Figure 3b).
 
-    python -m iar_jax.study --config=configs/studies/size.py:cifar10:PATH --workdir=runs/size
+python -m iar_jax.study --config=configs/studies/size.py:cifar10:PATH --workdir=runs/size
 """
 
 from ml_collections import ConfigDict

@@ -35,9 +35,22 @@ def answer(plan: Plan, workdir: epath.Path) -> dict[str, Any]:
         "cfg_scales": list(section.cfg_scales),
         "baselines": plan.baselines,
         "arms": arms,
+        "perturbed": perturbed(plan, workdir),
         "machine_seconds": sum(arm["seconds"] for arm in arms.values()),
         "config": plan.arms[0].config.to_dict(),
     }
+
+
+def perturbed(plan: Plan, workdir: epath.Path) -> dict[str, Any]:
+    """What replaced codes cost, by the first arm that has a partition."""
+    found: dict[str, Any] = {}
+    seen = set()
+    for arm in plan.arms:
+        path, rows = make.perturbed_path(arm.config, workdir), make.perturbed_of(arm.config, workdir)
+        if rows is not None and path not in seen:
+            found[arm.name] = rows
+        seen.add(path)
+    return found
 
 
 def results_of(plan: Plan, arm: Arm, workdir: epath.Path) -> Results:

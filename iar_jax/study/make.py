@@ -18,8 +18,10 @@ from iar_jax.generators.settings import samples_name
 from iar_jax.metrics.features import ClassifierFeatures
 from iar_jax.runtime import artifacts, lock, metric_log
 from iar_jax.runtime.errors import UserError
+from iar_jax.runtime.files import read_bytes, write_json
 from iar_jax.runtime.progress import say
 from iar_jax.study import judge as judging
+from iar_jax.study.perturbed import perturbed_distances
 from iar_jax.study.plan import MEASURED, Arm, Plan, Run, comparison_runs, digest, lowest, tuning_runs, twin_of
 
 # Between two looks at what another process is making.
@@ -99,10 +101,24 @@ def judge_finished(config: ConfigDict, workdir: epath.Path) -> bool:
     return (judge_directory(config, workdir) / "train-features.npz").exists()
 
 
+def perturbed_path(config: ConfigDict, workdir: epath.Path) -> epath.Path:
+    """The file with what `perturbed_distances` finds."""
+    tokens, judge = tokens_directory(config, workdir), judge_directory(config, workdir)
+    of = (tokens.name.partition("-")[2], digest(config, "codebook"), judge.name.partition("-")[2])
+    return workdir / "shared" / f"perturbed-{'-'.join(of)}" / "found.json"
+
+
+def perturbed_of(config: ConfigDict, workdir: epath.Path) -> list[dict[str, Any]] | None:
+    """What `perturbed_distances` found for the partition of a config; None before it has."""
+    content = read_bytes(perturbed_path(config, workdir))
+    return json.loads(content) if content is not None else None
+
+
 def shared_finished(arm: Arm, workdir: epath.Path) -> bool:
     """Whether all that an arm shares is there."""
     inputs = ("tokenizer", "codes", "val_codes", "codebook")
-    return input_finished(arm.config, workdir, *inputs) and judge_finished(arm.config, workdir)
+    found = input_finished(arm.config, workdir, *inputs) and judge_finished(arm.config, workdir)
+    return found and perturbed_path(arm.config, workdir).exists()
 
 
 def make_shared(arm: Arm, workdir: epath.Path) -> None:
@@ -123,10 +139,16 @@ def make_shared(arm: Arm, workdir: epath.Path) -> None:
     def make_judge() -> None:
         judging.judge_of(config, judge)
 
+    def make_perturbed() -> None:
+        found = perturbed_distances(given(config, **inputs), judging.judge_of(config, judge))
+        write_json(perturbed_path(config, workdir), found)
+
     made(tokens, lambda: input_finished(config, workdir, "tokenizer", "codes", "val_codes"), make_tokens)
     if not config.inputs.codebook:
         made(partition, lambda: input_finished(config, workdir, "codebook"), make_partition)
     made(judge, lambda: judge_finished(config, workdir), make_judge)
+    path = perturbed_path(config, workdir)
+    made(path.parent, lambda: path.exists(), make_perturbed)
 
 
 def given(config: ConfigDict, **inputs: str) -> ConfigDict:

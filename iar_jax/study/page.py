@@ -47,6 +47,12 @@ def page(title: str, content: dict[str, Any], workdir: epath.Path) -> str:
         ),
         report.Section("Learning rates and guidance", tuning_text(content), tables=[tuning_table(content["arms"])]),
         report.Section("Samples", "Of the first seed of each arm, one row a class.", figures=grids(arms, workdir)),
+        report.Section(
+            "Replaced codes",
+            "Fréchet distance of the val images' reconstructions when a share of the codes is replaced: what an error "
+            "of a generator costs.",
+            tables=[perturbed_table(content["perturbed"])],
+        ),
         report.Section("Cost", tables=[cost_table(arms)]),
     ]
     return report.page(title, "Arms against the baseline of their group, paired by seed.", cards, sections)
@@ -76,13 +82,19 @@ def curve_names(arms: dict[str, Any]) -> list[str]:
 
 def curve_figures(name: str, arms: dict[str, Any]) -> list[report.Figure]:
     """A curve of all arms that have it, and of their differences to the baseline."""
-    shown = {arm: content["curves"][name] for arm, content in arms.items() if name in content["curves"]}
+    shown = {
+        arm: {"color": f"C{number}", **content["curves"][name]}
+        for number, (arm, content) in enumerate(arms.items())
+        if name in content["curves"] and "equal_to" not in content
+    }
     if all(len(curve["steps"]) < 2 for curve in shown.values()):
         return []
     title = name.replace("_", " ")
     figures = [banded(shown, title, f"{title}, by step.")]
     differences = {
-        arm: {"steps": curve["steps"], **curve["difference"]} for arm, curve in shown.items() if "difference" in curve
+        arm: {"color": curve["color"], "steps": curve["steps"], **curve["difference"]}
+        for arm, curve in shown.items()
+        if "difference" in curve
     }
     if differences:
         figures.append(banded(differences, f"{title}: arm - baseline", "Below zero the arm's is lower.", zero=True))
@@ -92,13 +104,14 @@ def curve_figures(name: str, arms: dict[str, Any]) -> list[report.Figure]:
 def banded(curves: dict[str, Any], title: str, caption: str, zero: bool = False) -> report.Figure:
     """Means as lines, intervals as bands."""
     fig, axes = plt.subplots(figsize=(5.4, 3.5), layout="constrained")
-    for number, (arm, curve) in enumerate(curves.items()):
-        axes.plot(curve["steps"], curve["mean"], marker="o", markersize=3, color=f"C{number}", label=arm)
+    for arm, curve in curves.items():
+        color = curve["color"]
+        axes.plot(curve["steps"], curve["mean"], marker="o", markersize=3, color=color, label=arm)
         if curve["low"][0] is not None:
-            axes.fill_between(curve["steps"], curve["low"], curve["high"], color=f"C{number}", alpha=0.18, linewidth=0)
+            axes.fill_between(curve["steps"], curve["low"], curve["high"], color=color, alpha=0.18, linewidth=0)
     if zero:
         axes.axhline(0.0, color="black", linewidth=0.8)
-    elif len(curves) > 0:
+    else:
         # The first validations are far above all others.
         ends = [values for curve in curves.values() for values in curve["mean"][len(curve["mean"]) // 4 :]]
         spread = max(ends) - min(ends)
@@ -164,6 +177,15 @@ def tuning_table(arms: dict[str, Any]) -> report.Table:
         guided = ", ".join(f"{scale:g}: {distance:.2f}" for scale, distance in found["guidance"])
         rows.append((name, f"{found['learning_rate']:g}{edge}", tried or "–", f"{found['cfg_scale']:g}", guided or "–"))
     return report.Table(("arm", "learning rate", "tried: last value", "cfg", "tried: distance"), rows)
+
+
+def perturbed_table(found: dict[str, Any]) -> report.Table:
+    rows = [
+        (arm, f"{row['share']:.0%}", *(f"{row[way]:.2f}" for way in ("near", "own_cluster", "any")))
+        for arm, rows in found.items()
+        for row in rows
+    ]
+    return report.Table(("partition of", "share", "by near ones", "by others of their cluster", "by any"), rows)
 
 
 def cost_table(arms: dict[str, Any]) -> report.Table:
