@@ -136,3 +136,17 @@ def test_a_vector_that_is_not_finite_is_named():
     vectors[5, 1] = np.nan
     with pytest.raises(ValueError, match="vector 5"):
         balanced_kmeans(vectors, 2, key=jax.random.key(0))
+
+
+def test_a_random_partition_is_balanced_and_knows_nothing_of_the_vectors(small):
+    vectors, key = small["vectors"], jax.random.key(0)
+    found = balanced_kmeans(vectors, 16, key=key, assignment="random")
+    np.testing.assert_array_equal(np.bincount(found.assignment, minlength=16), len(vectors) // 16)
+    # Clusters drawn at random have, on the average, the whole set's error less a degree of freedom for each.
+    of_all = np.square(vectors - vectors.mean(axis=0)).sum()
+    expected = of_all * (1.0 - 15 / (len(vectors) - 1))
+    assert abs(float(found.inertia) / expected - 1.0) < 0.02
+    again = balanced_kmeans(vectors, 16, key=key, assignment="random")
+    np.testing.assert_array_equal(found.assignment, again.assignment)
+    other = balanced_kmeans(vectors, 16, key=jax.random.key(1), assignment="random")
+    assert np.mean(np.asarray(found.assignment) == np.asarray(other.assignment)) < 0.2
