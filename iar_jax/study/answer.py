@@ -12,6 +12,8 @@ from iar_jax.study.plan import Arm, Plan, comparison_runs, twin_of
 from iar_jax.study.statistics import CONFIDENCE, Interval, holm, interval, ratio_interval, steps_ratio
 
 SIGNIFICANT = 1.0 - CONFIDENCE
+# Sums that other numbers of cores share end in other bits, which a training of some thousand steps makes larger.
+ROUNDING = 1e-4
 
 Results = dict[int, dict[str, Any]]
 
@@ -90,7 +92,8 @@ def told(plan: Plan, arm: Arm, results: dict[str, Results], workdir: epath.Path)
         "runs": {str(seed): without_grid(result) for seed, result in own.items()},
     }
     if twin is not None:
-        content["equal_to"] = {"arm": twin.name, "exactly": equal(own, results[twin.name])}
+        difference = largest_difference(own, results[twin.name])
+        content["equal_to"] = {"arm": twin.name, "largest_difference": difference}
     elif others and arm.name != plan.baselines[arm.group]:
         content["steps_ratio"] = ratio(own, others, criterion)
     return content
@@ -120,11 +123,24 @@ def chosen(arm: Arm, workdir: epath.Path) -> dict[str, Any] | None:
     return {**found._asdict(), "rate_at_edge": found.at_edge()}
 
 
-def equal(own: Results, others: Results) -> bool | None:
-    """Whether runs with equal seeds ended the same, to the last bit; None where there are none."""
+def largest_difference(own: Results, others: Results) -> float | None:
+    """Between figures of runs with equal seeds, as a share of them; None where there is no such pair."""
     both = own.keys() & others.keys()
-    names = ("validation", "samples", "scores")
-    return all(own[seed][name] == others[seed][name] for seed in both for name in names) if both else None
+    pairs = [(own[seed][name], others[seed][name]) for seed in both for name in ("validation", "samples", "scores")]
+    return max((apart(*pair) for pair in pairs), default=None)
+
+
+def apart(first: Any, second: Any) -> float:
+    """The largest difference between the numbers of two trees of equal shape, as a share; infinite for other shapes."""
+    if isinstance(first, dict) and isinstance(second, dict) and first.keys() == second.keys():
+        return max((apart(first[key], second[key]) for key in first), default=0.0)
+    if isinstance(first, list) and isinstance(second, list) and len(first) == len(second):
+        return max((apart(*pair) for pair in zip(first, second, strict=True)), default=0.0)
+    if first == second:
+        return 0.0
+    if isinstance(first, (int, float)) and isinstance(second, (int, float)):
+        return abs(first - second) / max(abs(first), abs(second))
+    return float("inf")
 
 
 def points(results: Sequence[dict[str, Any]], name: str) -> tuple[list[int], np.ndarray] | None:
@@ -216,11 +232,14 @@ def verdict(arm: dict[str, Any], criterion: str) -> str:
     if not arm["seeds"]:
         return "not finished"
     if "equal_to" in arm:
-        exactly = arm["equal_to"]["exactly"]
-        other = arm["equal_to"]["arm"]
-        if exactly is None:
+        other, difference = arm["equal_to"]["arm"], arm["equal_to"]["largest_difference"]
+        if difference is None:
             return f"to be compared with {other}"
-        return f"ends as {other} does, to the last bit" if exactly else f"DIFFERS from {other}, which trains the same"
+        if difference == 0.0:
+            return f"ends as {other} does, to the last bit"
+        if difference < ROUNDING:
+            return f"ends as {other} does, to {difference:.0e} (to the last bit only on the same number of cores)"
+        return f"DIFFERS from {other}, which trains the same, by {difference:.1%}"
     found, what = arm["steps_ratio"], criterion.replace("_", " ")
     if found is None:
         return "the baseline"

@@ -1,5 +1,6 @@
 """If these fail, a study loses runs, makes some twice, or says what its runs do not show."""
 
+import html
 import json
 import os
 import pathlib
@@ -48,6 +49,15 @@ def content_of(path):
     return found
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_core():
+    """The last bits of sums depend on how many cores share them: all runs have one."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    yield
+    os.sched_setaffinity(0, before)
+
+
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
     """A study whose processes were killed at once in the midst of its runs, and that was started again."""
@@ -83,12 +93,12 @@ def test_a_killed_study_goes_on_and_answers(killed):
     assert ratio["seeds"] == 2
     assert ratio["low"] < ratio["mean"] < ratio["high"]
     assert arms["baseline"]["steps_ratio"] is None
-    assert arms["again"]["equal_to"] == {"arm": "baseline", "exactly": True}
+    assert arms["again"]["equal_to"] == {"arm": "baseline", "largest_difference": 0.0}
     assert arms["iar"]["curves"]["token_loss"]["steps"] == [10, 20, 24]
     assert arms["iar"]["curves"]["frechet_distance"]["steps"] == [10, 20, 24]
     assert arms["iar"]["scores"]["mind"]["seeds"] == 2
     report = (path / "report.html").read_text()
-    assert "no difference shown" in report
+    assert all(html.escape(arm["verdict"]) in report for arm in arms.values())
     assert "http" not in report
 
 
