@@ -97,6 +97,6 @@ def get_config(arg: str = "") -> ConfigDict:
     config.evaluation.classifier_steps = 3000
     study = config.study
     study.learning_rates = (1.5e-3, 3e-3, 6e-3)
-    study.cfg_scales = (1.0, 1.5, 2.0, 2.5)
+    study.cfg_scales = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5)
     study.sample_every = 500
     return config
