@@ -147,8 +147,9 @@ def test_a_damaged_run_is_named_and_made_again(killed, tmp_path):
 
 @pytest.mark.slow
 def test_a_signal_stops_a_study_and_its_processes(tmp_path):
+    long = "--config.tokenizer_training.num_steps=100000"
     process = subprocess.Popen(
-        command("study", tmp_path, *OPTIONS, config=CONFIG),
+        command("study", tmp_path, *OPTIONS, long, config=CONFIG),
         cwd=ROOT,
         env=environment(),
         stdout=subprocess.PIPE,
