@@ -7,11 +7,10 @@ import numpy as np
 from etils import epath
 
 from iar_jax.study import make
-from iar_jax.study.judge import LOWER_IS_BETTER
+from iar_jax.study.judge import SCORES
 from iar_jax.study.plan import Arm, Plan, comparison_runs, twin_of
-from iar_jax.study.statistics import CONFIDENCE, Interval, holm, interval, ratio_interval, steps_ratio
+from iar_jax.study.statistics import CONFIDENCE, SIGNIFICANT, holm, interval, ratio_interval, steps_ratio
 
-SIGNIFICANT = 1.0 - CONFIDENCE
 # Sums that other numbers of cores share end in other bits, which a training of some thousand steps makes larger.
 ROUNDING = 1e-4
 
@@ -145,7 +144,7 @@ def apart(first: Any, second: Any) -> float:
 
 def points(results: Sequence[dict[str, Any]], name: str) -> tuple[list[int], np.ndarray] | None:
     """Steps and values [seeds, steps] of a curve on val, or of the samples' scores; None where a run has none."""
-    kind = "samples" if name in LOWER_IS_BETTER else "validation"
+    kind = "samples" if name in SCORES else "validation"
     rows = [[line for line in result[kind] if line.get(name) is not None] for result in results]
     steps = [[int(line["step"]) for line in row] for row in rows]
     if not steps or not steps[0] or any(other != steps[0] for other in steps):
@@ -157,7 +156,7 @@ def curves(own: Results, others: Results, same_clusters: bool) -> dict[str, Any]
     """Mean and interval over seeds at each step; and of the differences to the baseline, seed by seed."""
     found: dict[str, Any] = {}
     losses = [name for name in own[min(own)]["validation"][-1] if "_loss" in name]
-    for name in (*losses, *LOWER_IS_BETTER):
+    for name in (*losses, *SCORES):
         curve = points(list(own.values()), name)
         if curve is None:
             continue
@@ -188,40 +187,34 @@ def ratio(own: Results, others: Results, criterion: str) -> dict[str, Any] | Non
         return None
     steps = np.array(curve[0], float)
     ratios = np.array([steps_ratio(steps, *rows) for rows in zip(baseline[1], curve[1], strict=True)])
-    return plain(ratio_interval(ratios)) | {"of_seeds": ratios.tolist()}
+    return ratio_interval(ratios)._asdict() | {"of_seeds": ratios.tolist()}
 
 
 def scores(own: Results, others: Results) -> dict[str, Any]:
     """The last scores and losses, and their differences to the baseline's, seed by seed."""
     found = {}
-    for name in (*LOWER_IS_BETTER, "token_loss"):
+    for name in (*SCORES, "token_loss"):
         values = {seed: last(result, name) for seed, result in own.items()}
         if any(value is None for value in values.values()):
             continue
-        found[name] = plain(interval(np.array([values[seed] for seed in sorted(values)])))
+        found[name] = interval(np.array([values[seed] for seed in sorted(values)]))._asdict()
         del found[name]["p"], found[name]["agree"]
         both = sorted(own.keys() & others.keys())
         differences = [values[seed] - last(others[seed], name) for seed in both]
         if both and own is not others:
-            found[name]["difference"] = plain(interval(np.array(differences)))
+            found[name]["difference"] = interval(np.array(differences))._asdict()
     return found
 
 
 def last(result: dict[str, Any], name: str) -> Any:
     """The last value of a score, or of a curve on val."""
-    return result["scores"][name] if name in LOWER_IS_BETTER else result["validation"][-1][name]
-
-
-def plain(found: Interval) -> dict[str, Any]:
-    return found._asdict()
+    return result["scores"][name] if name in SCORES else result["validation"][-1][name]
 
 
 def correct(arms: list[dict[str, Any]]) -> None:
     """Adds p-values corrected for the number of arms that are compared with one baseline, for each thing compared."""
     ratios = [arm["steps_ratio"] for arm in arms if arm["steps_ratio"]]
-    named = [
-        [arm["scores"].get(name, {}).get("difference") for arm in arms] for name in (*LOWER_IS_BETTER, "token_loss")
-    ]
+    named = [[arm["scores"].get(name, {}).get("difference") for arm in arms] for name in (*SCORES, "token_loss")]
     for row in (ratios, *([found for found in differences if found] for differences in named)):
         for found, p in zip(row, holm([found["p"] for found in row]), strict=True):
             found["corrected_p"] = p

@@ -139,7 +139,7 @@ def make_all(pieces: list[Piece], workdir: epath.Path, workers: int) -> None:
                 if slot in running or piece is None:
                     continue
                 waiting.remove(piece)
-                # What is shared comes first and alone, and has all cores.
+                # What is shared comes first, and has all cores.
                 running[slot] = Process(piece, workdir, (slot, workers) if piece.kind != "shared" else None)
             time.sleep(LOOK_SECONDS)
             for slot, process in list(running.items()):

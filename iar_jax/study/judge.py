@@ -17,14 +17,7 @@ from iar_jax.metrics.features import ClassifierFeatures, inception_features
 from iar_jax.metrics.mind import mind, random_directions
 from iar_jax.runtime import sharding
 
-# Scores, and whether less is better.
-LOWER_IS_BETTER = {
-    "frechet_distance": True,
-    "mind": True,
-    "precision": False,
-    "recall": False,
-    "class_accuracy": False,
-}
+SCORES = ("frechet_distance", "mind", "precision", "recall", "class_accuracy")
 
 # Features of images, and the classes that they are taken for where there is a classifier.
 FeaturesOf = Callable[[ImageStream], ClassifierFeatures]
@@ -34,12 +27,14 @@ class Judge(NamedTuple):
     """What takes features of images, and those of the training images.
 
     Attributes:
+        statistics: of the reference.
         neighbours: k of precision and recall.
         about: what is known of it.
     """
 
     features_of: FeaturesOf
     reference: np.ndarray
+    statistics: frechet.FeatureStatistics
     neighbours: int
     about: dict[str, Any]
 
@@ -64,7 +59,8 @@ def judge_of(config: ConfigDict, directory: epath.Path) -> Judge:
     kept = directory / "train-features.npz"
     if not kept.exists():
         write_npz(kept, {"features": features_of(SourceStream(images.train)).features})
-    return Judge(features_of, read_array(kept, "features"), section.neighbours, about)
+    reference = read_array(kept, "features")
+    return Judge(features_of, reference, frechet.feature_statistics(reference), section.neighbours, about)
 
 
 def scores(judge: Judge, samples: ClassifierFeatures, labels: np.ndarray) -> dict[str, float | int | None]:
@@ -75,12 +71,10 @@ def scores(judge: Judge, samples: ClassifierFeatures, labels: np.ndarray) -> dic
     precision = recall = None  # too few images for a manifold
     if len(places) > judge.neighbours:
         precision, recall = precision_recall.precision_recall(reference[places], found, judge.neighbours)
-    statistics = (frechet.feature_statistics(features) for features in (reference, found))
-    first, second = statistics
     known = judge.about["features"] == "classifier"
     return {
         "count": len(found),
-        "frechet_distance": frechet.frechet_distance(*first, *second),
+        "frechet_distance": frechet_distance(judge, samples),
         "mind": mind(reference, found, random_directions(reference.shape[1])),
         "precision": precision,
         "recall": recall,
@@ -90,6 +84,4 @@ def scores(judge: Judge, samples: ClassifierFeatures, labels: np.ndarray) -> dic
 
 def frechet_distance(judge: Judge, samples: ClassifierFeatures) -> float:
     """Of some samples to the training images."""
-    statistics = (frechet.feature_statistics(features) for features in (judge.reference, samples.features))
-    first, second = statistics
-    return frechet.frechet_distance(*first, *second)
+    return frechet.frechet_distance(*judge.statistics, *frechet.feature_statistics(samples.features))

@@ -259,15 +259,15 @@ def measure_run(run: Run, workdir: epath.Path) -> None:
     judge = judging.judge_of(run.arm.config, judge_directory(run.arm.config, workdir))
     trained = artifacts.require(directory / "train", "train").figures
     section, along = config.study, []
-    for step in range(section.sample_every, config.training.num_steps, section.sample_every or 1):
-        if section.sample_every:
-            config.sampling.step, config.sampling.num_images = step, section.curve_images
-            samples, labels = sampled(config, directory, judge)
-            along.append({"step": step, **judging.scores(judge, samples, labels)})
+    every = section.sample_every
+    for step in range(every, config.training.num_steps, every) if every else ():
+        config.sampling.step, config.sampling.num_images = step, section.curve_images
+        samples, labels = sampled(config, directory, judge)
+        along.append({"step": step, **judging.scores(judge, samples, labels)})
     config.sampling.step, config.sampling.num_images = 0, run.config.sampling.num_images
     samples, labels = sampled(config, directory, judge)
     last = judging.scores(judge, samples, labels)
-    if section.sample_every:
+    if every:
         # Image i is the same however many there are: the last point has as many as those before it.
         few = ClassifierFeatures(*(part[: section.curve_images] for part in samples))
         scored = judging.scores(judge, few, labels[: section.curve_images])

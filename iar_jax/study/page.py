@@ -7,7 +7,8 @@ from etils import epath
 
 from iar_jax.metrics import report
 from iar_jax.study.drive import duration
-from iar_jax.study.judge import LOWER_IS_BETTER
+from iar_jax.study.judge import SCORES
+from iar_jax.study.statistics import SIGNIFICANT
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -66,7 +67,7 @@ def method(content: dict[str, Any]) -> str:
         "straight lines between validations; where an arm ends above it, the other way round. Its interval is "
         f"Student's, of logarithms over seeds, at {content['confidence']:.0%}. A difference counts as shown where its "
         "p-value, corrected for the number of arms by Holm's method, is below "
-        f"{1.0 - content['confidence']:.2f}."
+        f"{SIGNIFICANT:.2f}."
     )
 
 
@@ -132,7 +133,7 @@ def figure_of(found: dict[str, Any] | None, form: str) -> str:
 
 def scores_table(arms: dict[str, Any]) -> report.Table:
     """Scores of each arm, with the difference to the baseline in a row below."""
-    names = [name for name in ("token_loss", *LOWER_IS_BETTER) if any(name in arm["scores"] for arm in arms.values())]
+    names = [name for name in ("token_loss", *SCORES) if any(name in arm["scores"] for arm in arms.values())]
     rows = []
     for arm, content in arms.items():
         found = content["scores"]
@@ -147,7 +148,7 @@ def difference_of(found: dict[str, Any], form: str) -> str:
     if "difference" not in found:
         return "–"
     p = found["difference"]["corrected_p"]
-    return figure_of(found["difference"], f"+{form}") + (" *" if p is not None and p < 0.05 else "")
+    return figure_of(found["difference"], f"+{form}") + (" *" if p is not None and p < SIGNIFICANT else "")
 
 
 def tuning_text(content: dict[str, Any]) -> str:

@@ -4,11 +4,12 @@ import ast
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
 from iar_jax.config.checks import check_config, field_names, unknown_field
+from iar_jax.config.command_line import value_of
 from iar_jax.config.field import leaves, type_name
 from iar_jax.config.fields import SECTIONS, default_config
 from iar_jax.runtime.errors import UserError
@@ -171,7 +172,9 @@ def check_shares(arm: Arm, baseline: Arm) -> None:
     """Raises UserError where an arm differs from its baseline in what both have to share."""
     names = [name for name, _ in leaves(SECTIONS) if name.partition(".")[0] in SHARED]
     names += [f"training.{name}" for name in SAME_LENGTH]
-    pairs = [(name, value(baseline.config, name), value(arm.config, name)) for name in names]
+    pairs = [
+        (name, value_of(baseline.config, f"config.{name}"), value_of(arm.config, f"config.{name}")) for name in names
+    ]
     differing = [f"config.{name} ({theirs!r}, {own!r})" for name, theirs, own in pairs if theirs != own]
     if differing:
         raise UserError(
@@ -229,19 +232,11 @@ def with_seed(config: ConfigDict, seed: int, learning_rate: float) -> ConfigDict
 def digest(config: ConfigDict, *sections: str) -> str:
     """Eight hexadecimal digits of all fields of some sections that matter to what is made."""
     values = {
-        name: value(config, name)
+        name: value_of(config, f"config.{name}")
         for name, field in leaves(SECTIONS)
         if name.partition(".")[0] in sections and field.matters
     }
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def value(config: ConfigDict, name: str) -> Any:
-    """The value of section.field."""
-    found: Any = config
-    for part in name.split("."):
-        found = found[part]
-    return found
 
 
 def lowest(found: Sequence[tuple[float, float]]) -> float:

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from scipy import stats
 
 CONFIDENCE = 0.95
+SIGNIFICANT = 0.05
 
 
 class Interval(NamedTuple):
