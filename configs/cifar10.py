@@ -22,8 +22,8 @@ def get_config(arg: str = "") -> ConfigDict:
         path, comma = arg, ""
     if not path:
         raise UserError(
-            "name the pictures: configs/cifar10.py:PATH with the folder of CIFAR-10's training pictures, parquet:PATH "
-            "or tfds:cifar10"
+            "name the training pictures behind the colon: PATH, a folder with a sub-folder for each class, "
+            "parquet:PATH or tfds:NAME"
         )
     config = default_config()
     data = config.data

@@ -25,9 +25,18 @@ def config_beside(file: str, argument: str) -> ConfigDict:
         raise UserError(
             f"{own}:{argument}: there is no config {name!r}; write {own}:NAME or NAME:ARGUMENT with one of {known}"
         )
-    spec = importlib.util.spec_from_file_location(f"iar_jax_config_{name}", path)
+    return config_at(path, rest)
+
+
+def config_at(path: Path, argument: str) -> ConfigDict:
+    """The config of a file, with an argument.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    spec = importlib.util.spec_from_file_location(f"iar_jax_config_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise UserError(f"{path} cannot be read as a config")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.get_config(rest)
+    return module.get_config(argument)

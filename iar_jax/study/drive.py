@@ -1,5 +1,6 @@
 """All pieces of a study, each as a process of its own, so many at once as are asked for."""
 
+import itertools
 import os
 import pathlib
 import subprocess
@@ -38,8 +39,10 @@ class Piece(NamedTuple):
 
 
 def pieces_of(plan: Plan, workdir: epath.Path) -> list[Piece]:
-    """All pieces of a study in an order in which each comes after what it needs."""
-    shared, tuning, guidance, runs = [], [], [], []  # type: list[Piece], list[Piece], list[Piece], list[Piece]
+    """All pieces of a study in an order in which each comes after what it needs; the runs of one seed come before
+    those of the next, so that what is finished early can be compared."""
+    shared, tuning, guidance = [], [], []  # type: list[Piece], list[Piece], list[Piece]
+    runs: dict[int, list[Piece]] = {}
     makers: dict[str, str] = {}
     for arm in plan.arms:
         own = digest(arm.config, "seed", "data", "tokenizer", "tokenizer_training", "codes", "codebook", "evaluation")
@@ -58,8 +61,8 @@ def pieces_of(plan: Plan, workdir: epath.Path) -> list[Piece]:
             needs = (f"{source.name}/guidance",)
         # The names of its runs do not depend on what is chosen for them.
         for run in comparison_runs(plan, arm, 1.0, 1.0):
-            runs.append(run_piece(plan, arm, run.seed, needs, workdir))
-    return shared + tuning + guidance + runs
+            runs.setdefault(run.seed, []).append(run_piece(plan, arm, run.seed, needs, workdir))
+    return shared + tuning + guidance + list(itertools.chain(*runs.values()))
 
 
 def shared_piece(arm: Arm, workdir: epath.Path) -> Piece:

@@ -27,7 +27,7 @@ OPTIONS = [
     "--config.study.sample_every=10",
     "--config.study.curve_images=10",
 ]
-RUNS = ["baseline/0", "baseline/1", "iar/0", "iar/1", "again/0"]
+RUNS = ["baseline/0", "iar/0", "again/0", "baseline/1", "iar/1"]
 
 
 def study(workdir, *arguments, **options):
@@ -168,4 +168,4 @@ def test_a_signal_stops_a_study_and_its_processes(tmp_path):
 def test_no_such_piece(tmp_path):
     done = study(tmp_path, "--run=iar/9", check=False)
     assert done.returncode == 2
-    assert "the study has no such piece; --list shows all, such as again/0" in done.stderr
+    assert "the study has no such piece; --list shows all, such as iar/1" in done.stderr
