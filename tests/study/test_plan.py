@@ -3,6 +3,8 @@
 import pytest
 from etils import epath
 
+from iar_jax.config.field import leaves
+from iar_jax.config.fields import SECTIONS
 from iar_jax.config.files import config_beside
 from iar_jax.runtime.errors import UserError
 from iar_jax.study.drive import pieces_of
@@ -36,8 +38,8 @@ def test_the_pieces_of_a_study(config, tmp_path):
         "baseline/guidance",
         "iar/guidance",
         "baseline/0",
-        "baseline/1",
         "iar/0",
+        "baseline/1",
         "iar/1",
     ]
 
@@ -50,7 +52,8 @@ def test_an_arm_that_trains_as_another_one_is_run_once(config, tmp_path):
     assert twin_of(plan, plan.arm("iar")) is None
     pieces = pieces_of(plan, epath.Path(tmp_path))
     assert [piece.name for piece in pieces if piece.name.startswith("again")] == ["again/3"]
-    assert pieces[-1].needs == ("baseline/tuning-0.001-1000", "baseline/tuning-0.002-1000")
+    needs = next(piece.needs for piece in pieces if piece.name == "again/3")
+    assert needs == ("baseline/tuning-0.001-1000", "baseline/tuning-0.002-1000")
 
 
 def test_another_partition_is_shared_by_those_that_have_it(config, tmp_path):
@@ -80,6 +83,20 @@ def test_a_changed_arm_has_other_runs_and_the_others_keep_theirs(config):
     # What does not change the weights does not change the place.
     config.training.log_every, config.sampling.num_images = 7, 11
     assert places(config) == after
+
+
+def test_a_field_that_a_later_version_adds_moves_no_run(config, monkeypatch):
+    def place():
+        (run, *_) = comparison_runs(plan_of(config), plan_of(config).arm("iar"), 1e-3, 1.5)
+        return run.place
+
+    now, fields = place(), list(leaves(SECTIONS))
+    before = [(name, field) for name, field in fields if name != "training.label_smoothing"]
+    monkeypatch.setattr("iar_jax.study.plan.leaves", lambda sections: before)
+    assert place() == now
+    config.training.label_smoothing = 0.1
+    monkeypatch.undo()
+    assert place() != now
 
 
 def test_a_runs_seed_is_of_its_training_and_its_samples(config):
