@@ -7,7 +7,8 @@ the target's cluster,
     token_loss = lse − Y[y]        cluster_loss = lse − lse_c        loss = token_loss + Σ_levels λ · cluster_loss
 
 cluster_loss is −log of the probability of the target's whole cluster, and 0 ≤ cluster_loss ≤ token_loss; a coarser
-level's is never above a finer one's. One level is the paper's loss.
+level's is never above a finer one's. One level is the paper's loss. Clusters of unequal sizes are one level by their
+offsets (`losses.ragged`), and a little of the target can go to codes near it (`losses.neighbours`).
 
 `cluster_loss` is what trains: the head and the losses at once, without ever holding the logits of a whole batch.
 Positions are taken a chunk at a time. Where gradients are wanted, each chunk's are made while its logits are at hand:
@@ -23,17 +24,25 @@ axis "vocab"), and what crosses the `tensor` axis are sums and maxima, one numbe
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from iar_jax.losses.label_smoothing import smoothing_term
+from iar_jax.losses.neighbours import Neighbours, expected_logits
+from iar_jax.losses.ragged import check_offsets, ragged_level
+
 BATCH_AXES, WIDTH_AXIS, VOCAB_AXIS = ("data", "fsdp"), "fsdp", "tensor"
 
-# (cluster size, λ) of each level, from the finest to the coarsest.
-Levels = Sequence[tuple[int, Float[Array, ""] | float]]
+# The codes of each cluster of a level; or the first id of each cluster and, last, the number of codes, where clusters
+# are unequal: (0, 5, 9, 16) are clusters of 5, 4 and 7 codes.
+Clusters = int | tuple[int, ...]
+
+# (clusters, λ) of each level, from the finest to the coarsest.
+Levels = Sequence[tuple[Clusters, Float[Array, ""] | float]]
 
 
 class Losses(NamedTuple):
@@ -44,14 +53,16 @@ class Losses(NamedTuple):
         token_hit: the most probable code is the target.
         cluster_losses: of the target's cluster, one array for each level.
         cluster_hits: the most probable cluster is the target's, one array for each level.
+        neighbour_loss: cross-entropy to the codes near the target, where it is asked for.
     """
 
     token_loss: Float[Array, "..."]
     token_hit: Float[Array, "..."]
     cluster_losses: tuple[Float[Array, "..."], ...]
     cluster_hits: tuple[Float[Array, "..."], ...]
+    neighbour_loss: Float[Array, "..."] | None = None
 
-    def named(self, cluster_sizes: Sequence[int]) -> dict[str, Array]:
+    def named(self, cluster_sizes: Sequence[Clusters]) -> dict[str, Array]:
         """Losses and accuracies by the names of metrics: `cluster_loss` is the finest level's, `cluster_loss_64` that
         of a coarser level with clusters of 64 codes."""
         suffixes = ["", *(f"_{size}" for size in cluster_sizes[1:])]
@@ -59,7 +70,7 @@ class Losses(NamedTuple):
         found |= {f"cluster_loss{s}": x for s, x in zip(suffixes, self.cluster_losses, strict=True)}
         found["token_accuracy"] = self.token_hit
         found |= {f"cluster_accuracy{s}": x for s, x in zip(suffixes, self.cluster_hits, strict=True)}
-        return found
+        return found if self.neighbour_loss is None else found | {"neighbour_loss": self.neighbour_loss}
 
 
 def cluster_loss(
@@ -71,11 +82,13 @@ def cluster_loss(
     bias: Float[Array, " V"] | None = None,
     other_logits: Float[Array, "B L"] | None = None,
     label_smoothing: float = 0.0,
+    neighbours: Neighbours | None = None,
+    neighbour_weight: float = 0.0,
     position_weights: Float[Array, "B L"] | None = None,
     mean_of_rows: bool = False,
     num_chunks: int = 1,
 ) -> tuple[Float[Array, ""], Losses]:
-    """Mean of token_loss + Σ λ · cluster_loss, and the losses and hits of each position.
+    """Mean of token_loss + Σ λ · cluster_loss + α · neighbour_loss, and the losses and hits of each position.
 
     Only the mean is differentiable, by `hidden`, `head`, `bias` and `other_logits`. Inside `sharding.use_mesh` the work
     is split over the mesh.
@@ -85,29 +98,35 @@ def cluster_loss(
         head: float32; column i gives the logit of rearranged code i.
         targets: rearranged ids in [0, V).
         levels: nested, from the finest on: each cluster size divides the next, and the last divides V (the part of V
-            on each device).
+            on each device). Clusters of unequal sizes are one level alone; a mesh may split them.
         bias: float32, of the logits.
         other_logits: float32, of one more class that is no code, such as a masked model's mask: a cluster of its own at
             every level, which no target has.
         label_smoothing: ε: the mean takes cross-entropies with the target's share 1 − ε + ε / n, and ε / n for the
             others of n codes, or of a level's n clusters. The losses of each position are without it.
+        neighbours: of each code, and their shares in its neighbour_loss. None leaves that out.
+        neighbour_weight: α.
         position_weights: not negative; what each position counts in the mean, 0 leaves it out. None counts all alike.
         mean_of_rows: the weighted mean of each row first, then the mean over the rows (each picture counts alike,
             however many of its positions count), in the place of one weighted mean over all positions.
         num_chunks: parts that the positions are taken in, a divisor of L. Temporary memory falls with it.
 
     Raises:
-        ValueError: when a cluster size or num_chunks does not divide what it splits.
+        ValueError: when a cluster size or num_chunks does not divide what it splits, or offsets are not those of V
+            codes, or clusters of unequal sizes are to be smoothed.
     """
     sizes = tuple(size for size, _ in levels)
     check_sizes(sizes, head.shape[1])
+    if label_smoothing and isinstance(sizes[0], tuple):
+        raise ValueError("label_smoothing is of clusters of equal sizes")
     if hidden.shape[1] % num_chunks:
         raise ValueError(f"num_chunks {num_chunks} does not divide the {hidden.shape[1]} positions")
     weights = jnp.stack([jnp.asarray(weight, jnp.float32) for _, weight in levels])
     scale = None if position_weights is None else shares(position_weights, mean_of_rows)
-    static = Static(sizes, num_chunks, label_smoothing)
+    static = Static(sizes, num_chunks, label_smoothing, neighbour_weight)
     with jax.named_scope("cluster_loss"):
-        return _cluster_loss(Inputs(hidden, head, bias, other_logits), targets, weights, scale, static)
+        inputs = Inputs(hidden, head, bias, other_logits)
+        return _cluster_loss(inputs, Targets(targets, neighbours), weights, scale, static)
 
 
 class Inputs(NamedTuple):
@@ -119,20 +138,34 @@ class Inputs(NamedTuple):
     other_logits: Float[Array, "B L"] | None
 
 
+class Targets(NamedTuple):
+    """What it is measured against."""
+
+    codes: Int[Array, "B L"]
+    neighbours: Neighbours | None
+
+
 class Static(NamedTuple):
     """What the loss is compiled for."""
 
-    sizes: tuple[int, ...]
+    sizes: tuple[Clusters, ...]
     num_chunks: int
     label_smoothing: float
+    neighbour_weight: float
 
 
-def check_sizes(sizes: Sequence[int], vocab_size: int) -> None:
+def check_sizes(sizes: Sequence[Clusters], vocab_size: int) -> None:
     """Raises ValueError where the levels are not nested, or do not divide the vocabulary."""
-    for finer, coarser in itertools.pairwise(sizes):
+    ragged = [size for size in sizes if isinstance(size, tuple)]
+    equal = [size for size in sizes if isinstance(size, int)]
+    if ragged and len(sizes) > 1:
+        raise ValueError("clusters of unequal sizes are one level alone")
+    for offsets in ragged:
+        check_offsets(offsets, vocab_size)
+    for finer, coarser in itertools.pairwise(equal):
         if coarser % finer or coarser == finer:
             raise ValueError(f"cluster sizes {tuple(sizes)} are not nested: {finer} does not divide {coarser}")
-    for size in sizes:
+    for size in equal:
         if size < 1 or vocab_size % size:
             raise ValueError(f"cluster_size {size} does not divide the vocabulary of {vocab_size}")
 
@@ -147,12 +180,12 @@ def shares(weights: Float[Array, "B L"], mean_of_rows: bool) -> Float[Array, "B 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _cluster_loss(inputs, targets, weights, scale, static):
     found, _ = _on_mesh(inputs, targets, weights, scale, static, with_gradients=False)
-    return _mean(found, weights, scale), found[0]
+    return _mean(found, weights, scale, static.neighbour_weight), found[0]
 
 
 def _forward(inputs, targets, weights, scale, static):
     found, gradients = _on_mesh(inputs, targets, weights, scale, static, with_gradients=True)
-    return (_mean(found, weights, scale), found[0]), gradients
+    return (_mean(found, weights, scale, static.neighbour_weight), found[0]), gradients
 
 
 def _backward(static, gradients, cotangents):
@@ -163,12 +196,14 @@ def _backward(static, gradients, cotangents):
 _cluster_loss.defvjp(_forward, _backward)
 
 
-def _mean(found, weights, scale):
+def _mean(found, weights, scale, neighbour_weight):
     losses, smoothing = found
     mean = jnp.mean if scale is None else lambda values: jnp.sum(scale * values)
     total = mean(losses.token_loss)
     for i, values in enumerate(losses.cluster_losses):
         total += weights[i] * mean(values)
+    if losses.neighbour_loss is not None:
+        total += neighbour_weight * mean(losses.neighbour_loss)
     return total if smoothing is None else total + mean(smoothing)
 
 
@@ -178,7 +213,7 @@ def _on_mesh(inputs, targets, weights, scale, static, with_gradients):
     run = functools.partial(
         _chunked,
         static=static,
-        num_positions=targets.size,
+        num_positions=targets.codes.size,
         with_gradients=with_gradients,
         sharded=not mesh.empty,
     )
@@ -190,12 +225,18 @@ def _on_mesh(inputs, targets, weights, scale, static, with_gradients):
         return None if value is None else spec
 
     bias, other = where_there(inputs.bias, PartitionSpec(VOCAB_AXIS)), where_there(inputs.other_logits, rows)
-    losses = Losses(rows, rows, (rows,) * levels, (rows,) * levels), rows if static.label_smoothing else None
+    near = where_there(targets.neighbours, rows)
+    losses = Losses(rows, rows, (rows,) * levels, (rows,) * levels, near), rows if static.label_smoothing else None
     gradients = Inputs(rows, PartitionSpec(WIDTH_AXIS, VOCAB_AXIS), bias, other) if with_gradients else None
     split = Inputs(rows, PartitionSpec(None, VOCAB_AXIS), bias, other)
     return jax.shard_map(
         run,
-        in_specs=(split, rows, PartitionSpec(), where_there(scale, rows)),
+        in_specs=(
+            split,
+            Targets(rows, where_there(targets.neighbours, PartitionSpec())),
+            PartitionSpec(),
+            where_there(scale, rows),
+        ),
         out_specs=(losses, gradients),
         check_vma=False,
     )(inputs, targets, weights, scale)
@@ -228,11 +269,19 @@ def _chunked(inputs, targets, weights, scale, *, static, num_positions, with_gra
         if bias is not None:
             logits += jnp.expand_dims(bias, 1 - axis)
         losses, dlogits, dother = _losses_and_gradient(
-            logits, other, wanted - first, weights, static.sizes, sharded, axis
+            logits, other, wanted, targets.neighbours, weights, static, first, sharded, axis
         )
         smoothing = None
         if static.label_smoothing:
-            smoothing, more = _smoothing(logits, wanted - first, weights, static, sharded, axis)
+            smoothing, more = smoothing_term(
+                logits,
+                wanted - first,
+                weights,
+                static.sizes,
+                static.label_smoothing,
+                axis,
+                VOCAB_AXIS if sharded else None,
+            )
             dlogits += more
         if not with_gradients:
             return totals, (losses, smoothing, None, None)
@@ -250,7 +299,7 @@ def _chunked(inputs, targets, weights, scale, *, static, num_positions, with_gra
         return (dhead, dbias), (losses, smoothing, dhidden.astype(hidden.dtype), dother)
 
     zeros = jnp.zeros(head.shape, jnp.float32), None if bias is None else jnp.zeros(bias.shape, jnp.float32)
-    chunks = (split(hidden), split(targets), split(scale), split(other_logits))
+    chunks = (split(hidden), split(targets.codes), split(scale), split(other_logits))
     totals, found = jax.lax.scan(one, zeros if with_gradients else (None, None), chunks)
     losses, smoothing, dhidden, dother = jax.tree.map(joined, found)
     if not with_gradients:
@@ -268,14 +317,17 @@ def _is_on_tpu() -> bool:
     return bool(mesh.abstract_device) and mesh.abstract_device.platform == "tpu"
 
 
-def _losses_and_gradient(logits, other, targets, weights, sizes, sharded, axis):
-    """Losses of one chunk and the gradients of token_loss + Σ λ · cluster_loss by its logits, and by `other`.
+def _losses_and_gradient(logits, other, wanted, neighbours, weights, static, first, sharded, axis):
+    """Losses of one chunk and the gradients of their weighted sum by its logits, and by `other`.
 
     Args:
         logits: float32, positions [P] by this device's codes [V], which are its axis `axis`.
         other: [P], of the class that is no code; None where there is none.
-        targets: [P], ids counted from the device's first code: outside [0, V) where the target is on another device.
+        wanted: [P], the targets' ids.
+        first: the id of the device's first code.
     """
+    sizes, targets = static.sizes, wanted - first  # outside [0, V) where the target is on another device
+    is_ragged = isinstance(sizes[0], tuple)
     everywhere = functools.partial(jax.lax.psum, axis_name=VOCAB_AXIS) if sharded else lambda x: x
     num_codes = logits.shape[axis]
     here = (targets >= 0) & (targets < num_codes)
@@ -306,27 +358,36 @@ def _losses_and_gradient(logits, other, targets, weights, sizes, sharded, axis):
         highest = jax.lax.pmax(highest, VOCAB_AXIS)
     if other is not None:
         highest = jnp.maximum(highest, other)
-    sums = [jnp.exp(logits - each(highest))]
-    for finer, size in itertools.pairwise((1, *sizes)):
+    powers = jnp.exp(logits - each(highest))
+    sums = [powers]
+    for finer, size in [] if is_ragged else itertools.pairwise((1, *sizes)):
         # A coarser cluster's sum is that of the finer ones in it.
         sums.append(jnp.sum(in_groups(sums[-1], size // finer), axis=axis + 1))
-    total = everywhere(jnp.sum(sums[1], axis=axis))
+    total = everywhere(jnp.sum(sums[-1] if is_ragged else sums[1], axis=axis))
     if other is not None:
         total += jnp.exp(other - highest)
     lse = highest + jnp.log(total)
 
-    # The target's coarsest cluster by itself, and the finer ones in it: their sums can be too small beside the highest
-    # logit of all.
-    own, within = taken(logits, targets // sizes[-1], sizes[-1]), targets % sizes[-1]
-    own_lse = [jax.nn.logsumexp(taken(own, within // size, size), axis=axis) for size in sizes]
-    target_logit = jnp.squeeze(taken(own, within, 1), axis)
-    cluster_lse = [everywhere(jnp.where(here, x, 0.0)) for x in own_lse]
-    target_logit = everywhere(jnp.where(here, target_logit, 0.0))
     cluster_hits = []
-    for size, values in zip(sizes, sums[1:], strict=True):
-        own_sum = everywhere(jnp.where(here, jnp.squeeze(taken(values, targets // size, 1), axis), 0.0))
-        hit = is_first_highest(values, targets // size, own_sum)
-        cluster_hits.append(hit if other is None else jnp.where(own_sum >= jnp.exp(other - highest), hit, 0.0))
+    if is_ragged:
+        level = ragged_level(logits, powers, wanted, sizes[0], first, axis, VOCAB_AXIS if sharded else None)
+        cluster_lse = own_lse = [level.own_lse]
+        target_logit = everywhere(jnp.sum(jnp.where(places(logits) == each(targets), logits, 0.0), axis=axis))
+        best = jnp.max(level.sums, axis=axis)
+        hit = (level.clusters == jnp.argmax(level.sums, axis=axis)).astype(jnp.float32)
+        cluster_hits.append(hit if other is None else jnp.where(best >= jnp.exp(other - highest), hit, 0.0))
+    else:
+        # The target's coarsest cluster by itself, and the finer ones in it: their sums can be too small beside the
+        # highest logit of all.
+        own, within = taken(logits, targets // sizes[-1], sizes[-1]), targets % sizes[-1]
+        own_lse = [jax.nn.logsumexp(taken(own, within // size, size), axis=axis) for size in sizes]
+        target_logit = jnp.squeeze(taken(own, within, 1), axis)
+        cluster_lse = [everywhere(jnp.where(here, x, 0.0)) for x in own_lse]
+        target_logit = everywhere(jnp.where(here, target_logit, 0.0))
+        for size, values in zip(sizes, sums[1:], strict=True):
+            own_sum = everywhere(jnp.where(here, jnp.squeeze(taken(values, targets // size, 1), axis), 0.0))
+            hit = is_first_highest(values, targets // size, own_sum)
+            cluster_hits.append(hit if other is None else jnp.where(own_sum >= jnp.exp(other - highest), hit, 0.0))
     token_hit = is_first_highest(logits, targets, target_logit)
     losses = Losses(
         token_loss=lse - target_logit,
@@ -334,47 +395,34 @@ def _losses_and_gradient(logits, other, targets, weights, sizes, sharded, axis):
         cluster_losses=tuple(lse - x for x in cluster_lse),
         cluster_hits=tuple(cluster_hits),
     )
+    # What the probability of every code counts in the gradient.
+    whole = 1.0 + jnp.sum(weights)
+    shares: Any = 0.0
+    if neighbours is not None:
+        expected, shares = expected_logits(logits, neighbours, wanted, first, axis)
+        losses = losses._replace(neighbour_loss=lse - everywhere(expected))
+        whole, shares = whole + static.neighbour_weight, static.neighbour_weight * shares
     # One exponential a code: inside the target's cluster relative to the cluster's own lse, for its share of all can be
     # too small to divide by.
-    code, base, factor = places(logits), each(lse), 1.0 + jnp.sum(weights)
+    code, base, factor = places(logits), each(lse), whole
     for i in reversed(range(len(sizes))):
-        inside = code // sizes[i] == each(targets // sizes[i])
+        if is_ragged:
+            inside = level.inside
+        else:
+            inside = code // sizes[i] == each(targets // sizes[i])
         pulled = sum(weights[j] * jnp.exp(own_lse[i] - own_lse[j]) for j in range(i, len(sizes)))
-        share = (1.0 + jnp.sum(weights)) * jnp.exp(own_lse[i] - lse) - pulled
+        share = whole * jnp.exp(own_lse[i] - lse) - pulled
         base, factor = jnp.where(inside, each(own_lse[i]), base), jnp.where(inside, each(share), factor)
-    dlogits = jnp.exp(logits - base) * factor - (code == each(targets))
-    return losses, dlogits, None if other is None else (1.0 + jnp.sum(weights)) * jnp.exp(other - lse)
+    dlogits = jnp.exp(logits - base) * factor - (code == each(targets)) - shares
+    return losses, dlogits, None if other is None else whole * jnp.exp(other - lse)
 
 
-def _smoothing(logits, targets, weights, static, sharded, axis):
-    """What label smoothing adds to the loss of each position, and to its gradient by the logits:
-
-        ε (Y[y] − mean Y) + Σ λ ε (lse_c(y) − mean of lse_c over the level's clusters)
-
-    The arguments are those of `_losses_and_gradient`.
-    """
-    devices = jax.lax.psum(1, VOCAB_AXIS) if sharded else 1
-    everywhere = functools.partial(jax.lax.psum, axis_name=VOCAB_AXIS) if sharded else lambda x: x
-    num_codes = logits.shape[axis]
-    code = jax.lax.broadcasted_iota(jnp.int32, logits.shape, axis)
-    value, gradient = jnp.zeros(targets.shape), jnp.zeros(logits.shape)
-    for size, weight in [(1, 1.0), *zip(static.sizes, weights, strict=True)]:
-        grouped = logits.reshape(*logits.shape[:axis], -1, size, *logits.shape[axis + 1 :])
-        # Relative to each cluster's own highest: most are far below the highest of all.
-        top = jnp.max(grouped, axis=axis + 1, keepdims=True)
-        powers = jnp.exp(grouped - top)
-        sums = jnp.sum(powers, axis=axis + 1, keepdims=True)
-        cluster_lse = jnp.squeeze(top + jnp.log(sums), axis + 1)
-        own = jax.lax.broadcasted_iota(jnp.int32, cluster_lse.shape, axis) == jnp.expand_dims(targets // size, axis)
-        own &= jnp.expand_dims((targets >= 0) & (targets < num_codes), axis)
-        number = devices * num_codes // size
-        value += weight * everywhere(jnp.sum(jnp.where(own, cluster_lse, 0.0) - cluster_lse / number, axis=axis))
-        inside = (code // size == jnp.expand_dims(targets // size, axis)).astype(jnp.float32)
-        gradient += weight * (powers / sums).reshape(logits.shape) * (inside - 1.0 / number)
-    return static.label_smoothing * value, static.label_smoothing * gradient
-
-
-def reference(logits: Float[Array, "*B V"], targets: Int[Array, "*B"], cluster_sizes: Sequence[int]) -> Losses:
+def reference(
+    logits: Float[Array, "*B V"],
+    targets: Int[Array, "*B"],
+    cluster_sizes: Sequence[Clusters],
+    neighbours: Neighbours | None = None,
+) -> Losses:
     """The losses as the paper defines them, one cross-entropy by itself for each level.
 
     Logits are reshaped to (n, m), put together by logsumexp over m, and cross-entropy is taken over the n clusters.
@@ -382,7 +430,8 @@ def reference(logits: Float[Array, "*B V"], targets: Int[Array, "*B"], cluster_s
     Args:
         logits: [..., V] in the rearranged order; computed in float32 whatever their dtype.
         targets: [...] rearranged ids in [0, V).
-        cluster_sizes: m of each level, as in `cluster_loss`.
+        cluster_sizes: m of each level, or its offsets, as in `cluster_loss`.
+        neighbours: as in `cluster_loss`.
 
     Raises:
         ValueError: when a cluster size does not divide what it splits.
@@ -394,12 +443,18 @@ def reference(logits: Float[Array, "*B V"], targets: Int[Array, "*B"], cluster_s
         found = -jnp.take_along_axis(jax.nn.log_softmax(scores, axis=-1), labels[..., None], axis=-1)[..., 0]
         return found, (jnp.argmax(scores, axis=-1) == labels).astype(jnp.float32)
 
+    def level(clusters):
+        if isinstance(clusters, int):
+            return jax.nn.logsumexp(logits.reshape(*logits.shape[:-1], -1, clusters), axis=-1), targets // clusters
+        parts = [logits[..., start:end] for start, end in itertools.pairwise(clusters)]
+        own = jnp.searchsorted(jnp.array(clusters), targets, side="right") - 1
+        return jnp.stack([jax.nn.logsumexp(part, axis=-1) for part in parts], axis=-1), own
+
     token_loss, token_hit = cross_entropy(logits, targets)
-    levels = [
-        cross_entropy(
-            jax.nn.logsumexp(logits.reshape(*logits.shape[:-1], -1, size), axis=-1),
-            targets // size,
-        )
-        for size in cluster_sizes
-    ]
-    return Losses(token_loss, token_hit, *(tuple(values) for values in zip(*levels, strict=True)))
+    levels = [cross_entropy(*level(clusters)) for clusters in cluster_sizes]
+    cluster_losses, cluster_hits = (tuple(values) for values in zip(*levels, strict=True))
+    found = Losses(token_loss, token_hit, cluster_losses, cluster_hits)
+    if neighbours is None:
+        return found
+    near = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), neighbours.ids[targets], axis=-1)
+    return found._replace(neighbour_loss=-jnp.sum(neighbours.shares[targets] * near, axis=-1))
