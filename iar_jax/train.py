@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
+from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from iar_jax.config import command_line
@@ -25,16 +26,20 @@ from iar_jax.data import loader
 from iar_jax.data.codes import CodeSource, FirstCrop, random_crop_codes, read_permutation
 from iar_jax.generators.code_layout import layout_of
 from iar_jax.generators.generator import KINDS, Generator, build_generator, generator_at, load_generator
-from iar_jax.generators.settings import Facts, Objective
+from iar_jax.generators.settings import Facts, Objective, needs_vectors
+from iar_jax.losses.cluster_loss import Clusters
+from iar_jax.models.quantizer import normalize
+from iar_jax.models.tokenizer import load_tokenizer
 from iar_jax.runtime import artifacts, checkpoint, distributed, sharding
 from iar_jax.runtime.artifacts import Artifact
 from iar_jax.runtime.errors import UserError, refusal
 from iar_jax.runtime.progress import say
 from iar_jax.runtime.section import Section
 from iar_jax.training import generator_steps
+from iar_jax.training.context_noise import noise_of
 from iar_jax.training.loop import TrainingRun
 from iar_jax.training.optimizer import optimizer_of
-from iar_jax.training.schedules import cluster_weights_of, learning_rate_of
+from iar_jax.training.schedules import cluster_weights_of, learning_rate_of, lookahead_weight_of
 from iar_jax.training.state import TrainState, skip_unless_finite, state_shardings
 
 READS = ("seed", "inputs", "mesh", "data", "model", "training")
@@ -58,7 +63,8 @@ def run(config: ConfigDict, workdir: epath.Path, thorough: bool = False) -> None
         say(f"WARNING: {problem}")
     sharding.check_batch_size(mesh, section.batch_size, "config.training.batch_size", section.accumulation)
     codes = open_codes(inputs, config.data.cache_dir)
-    generator, init, train_step = make_step(config, mesh, codes.facts, codes.cluster_sizes)
+    vectors = code_vectors(inputs, mesh) if needs_vectors(section) else None
+    generator, init, train_step = make_step(config, mesh, codes.facts, codes.cluster_sizes, vectors)
     facts = generator.facts.to_json()
     eval_step = jax.jit(generator_steps.make_eval_step(generator), out_shardings=sharding.replicated(mesh))
 
@@ -103,7 +109,7 @@ def run(config: ConfigDict, workdir: epath.Path, thorough: bool = False) -> None
             training.finished_step(state, metrics, validated)
         figures = training.log_validation(validated(state))
         fingerprint = artifacts.fingerprint_arrays(distributed.to_host(state.ema_params))
-        num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        num_params = sum(leaf.size for leaf in jax.tree.leaves(state.ema_params))
         about = {"facts": facts, "step": section.num_steps, "num_params": num_params, "seconds": training.seconds}
         training.wait_until_saved()
         artifacts.finish(directory, fingerprint, figures | about)
@@ -157,7 +163,7 @@ class Codes(NamedTuple):
     train: CodeSource
     val: FirstCrop
     facts: Facts
-    cluster_sizes: tuple[int, ...]
+    cluster_sizes: tuple[Clusters, ...]
 
 
 def open_codes(inputs: Mapping[str, Artifact], cache_dir: str) -> Codes:
@@ -174,10 +180,24 @@ def open_codes(inputs: Mapping[str, Artifact], cache_dir: str) -> Codes:
     return Codes(train, val, Facts(len(permutation.old_to_new), num_classes, layout), permutation.cluster_sizes)
 
 
+def code_vectors(inputs: Mapping[str, Artifact], mesh: Mesh) -> Float[np.ndarray, "N d"]:
+    """Unit vectors of the tokenizer's codes, in the rearranged order."""
+    tokenizer = load_tokenizer(inputs["tokenizer"].directory, mesh)
+    vectors = np.asarray(normalize(tokenizer.params["quantizer"]["codebook"]))
+    return np.asarray(read_permutation(inputs["codebook"]).rearrange_codebook(vectors))
+
+
 def make_step(
-    config: ConfigDict, mesh: Mesh, facts: Facts, cluster_sizes: tuple[int, ...]
+    config: ConfigDict,
+    mesh: Mesh,
+    facts: Facts,
+    cluster_sizes: tuple[Clusters, ...],
+    vectors: Float[np.ndarray, "N d"] | None = None,
 ) -> tuple[Generator, Callable[[Any], TrainState], Callable[..., tuple[TrainState, generator_steps.Metrics]]]:
     """The generator of a config, how its state begins (a function of a key), and its train step.
+
+    Args:
+        vectors: of the rearranged codes, where config.training asks for them (`settings.needs_vectors`).
 
     Raises:
         UserError: the mesh does not divide the generator, or λ is not given for each level of clusters.
@@ -188,13 +208,16 @@ def make_step(
             f"config.training.cluster_weights is {tuple(section.cluster_weights)}, and the codebook has clusters of "
             f"{cluster_sizes}: give one weight for each size"
         )
-    generator = build_generator(config.model, facts, Objective.of(section, cluster_sizes))
+    objective = Objective.of(section, cluster_sizes, vectors)
+    generator = build_generator(config.model, facts, objective)
     sharding.check_divides(mesh, generator.splits)
     optimizer = optimizer_of(section, generator.decays)
     train_step = generator_steps.make_train_step(
         generator,
         optimizer,
         cluster_weights=cluster_weights_of(section),
+        lookahead_weight=lookahead_weight_of(section),
+        noise=noise_of(section, objective, facts.vocab_size),
         ema_decay=section.ema_decay,
         key=jax.random.fold_in(jax.random.key(config.seed), 1),
         accumulation=section.accumulation,
@@ -216,13 +239,13 @@ def with_weights_of(initial: Artifact, state: TrainState, section: ConfigDict, m
         UserError: the transformer is another model; names the fields of the config that differ.
     """
     params = load_generator(initial.directory, mesh).params
-    if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, state.params):
+    if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, state.ema_params):
         ours = RelevantConfig({"model": section.to_dict()})
         others = [str(d) for d in ours.differences(initial.metadata.config, None)[0]]
         facts = initial.metadata.figures["facts"]
         raise UserError(f"{initial.directory} is another model than the config's: {'; '.join(others) or facts}")
     # Two copies: the step gives its state's buffers away.
-    return dataclasses.replace(state, params=params, ema_params=jax.tree.map(jnp.copy, params))
+    return dataclasses.replace(state, params=state.params | params, ema_params=jax.tree.map(jnp.copy, params))
 
 
 def validate(eval_step, params, source: FirstCrop, mesh: Mesh, batch_size: int) -> dict[str, float]:

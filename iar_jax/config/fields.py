@@ -341,6 +341,45 @@ SECTIONS: dict[str, Any] = {
             Tuples(WEIGHT, (0.0,), empty=True),
             matters=SCHEDULED,
         ),
+        "neighbour_weight": Field(
+            0.0,
+            "α of the cross-entropy to the codes nearest to the target; DIST2Loss has 0.1 (arXiv 2503.02379).",
+            WEIGHT,
+        ),
+        "neighbour_count": Field(8, "The nearest codes of each, itself among them.", COUNT),
+        "neighbour_temperature": Field(
+            0.0,
+            "τ of their shares, softmax(-d²/τ) of unit code vectors; 0 takes the one at which the shares' entropy is "
+            "half of the highest.",
+            WEIGHT,
+        ),
+        "context_noise": Field(
+            0.0,
+            "The highest share of a picture's input codes that is replaced, at the first step; each picture's is drawn "
+            "from 0 up to it. Targets stay. reAR has 1 (arXiv 2510.04450).",
+            Numbers(0.0, 1.0, True, True),
+        ),
+        "context_noise_end": Field(
+            0.75, "The share of the training at which it has come down to nothing.", Numbers(0.0, 1.0, False, True)
+        ),
+        "context_noise_draw": Field(
+            "uniform",
+            "What a code is replaced with: uniform, any code (reAR); cluster, one of its own cluster; neighbours, one "
+            "of the neighbour_count nearest.",
+            Choices("iar_jax.training.context_noise:DRAWS"),
+        ),
+        "regression_weight": Field(
+            0.0,
+            "Of the cosine distances of hidden states to the vectors of this code and the next one; reAR has 1 (arXiv "
+            "2510.04450).",
+            WEIGHT,
+        ),
+        "lookahead_weight": Field(
+            0.0,
+            "Of the cosine distances of hidden states to the averaged model's at the cells to come, up to half of the "
+            "training, and half of it from there; Mirai-E has 2 (arXiv 2601.14671).",
+            WEIGHT,
+        ),
         **logging("token_loss", "cluster_loss", "-token_accuracy", "-cluster_accuracy"),
     },
     "sampling": {

@@ -19,18 +19,23 @@ from iar_jax.config.fields import defaults
 from iar_jax.generators.autoregressive import generator as autoregressive
 from iar_jax.generators.code_layout import CodeLayout
 from iar_jax.generators.masked import generator as masked
-from iar_jax.generators.settings import NO_OBJECTIVE, Facts, Objective, SamplingSettings, Work
+from iar_jax.generators.settings import NO_OBJECTIVE, Facts, Objective, SamplingSettings, Weights, Work
 from iar_jax.runtime import artifacts, checkpoint, sharding
 from iar_jax.runtime.errors import UserError, brief
 from iar_jax.runtime.section import Section
 
-# "label" int32 [B] and "codes" int32 [B, L], as rearranged ids.
+# "label" int32 [B] and "codes" int32 [B, L], as rearranged ids; and where training has noise on what the model reads,
+# "context" like codes.
 Batch = Mapping[str, Any]
 
 
 @runtime_checkable
 class Generator(Protocol):
-    """A model of codes, without its weights. Parameters are a pytree that nobody else looks into."""
+    """A model of codes, without its weights.
+
+    Parameters are a dict that nobody else looks into. Its entry `settings.AUXILIARY`, where there is one, is what the
+    loss alone needs: it is trained, and neither averaged, nor sampled from, nor exported.
+    """
 
     @property
     def layout(self) -> CodeLayout:
@@ -51,13 +56,13 @@ class Generator(Protocol):
         """Fresh parameters, float32, whose leaves carry their logical axes (flax boxes)."""
 
     def loss(
-        self, params: Any, batch: Batch, key: Key[Array, ""], weights: Float[Array, " levels"], teacher: Any = None
+        self, params: Any, batch: Batch, key: Key[Array, ""], weights: Weights, teacher: Any = None
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """What training minimises, and its parts as metrics. All dropouts are on.
 
         Args:
             key: of everything that is drawn at random.
-            weights: λ of each level of clusters.
+            weights: of its parts, λ of each level of clusters among them.
             teacher: the averaged weights.
         """
 

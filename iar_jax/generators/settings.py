@@ -5,10 +5,15 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
+from iar_jax.codebook.neighbours import near_codes
 from iar_jax.generators.code_layout import CodeLayout
 from iar_jax.generators.guidance import CONSTANT, GUIDANCE, Schedule
+from iar_jax.losses.cluster_loss import Clusters
+from iar_jax.losses.neighbours import Neighbours
 from iar_jax.runtime.section import Section
 
 # config.sampling.dtype: of decoding and its cache; None leaves the generator's own.
@@ -31,6 +36,9 @@ NETWORK_FIELDS = (
     "attention_block",
     "scan_unroll",
 )
+
+# The entry of a generator's parameters, where there is one, that training alone needs.
+AUXILIARY = "auxiliary"
 
 # Fields of config.sampling that masked models alone read, and how they are said in the name of samples.
 MASKED = {
@@ -70,31 +78,86 @@ class Facts:
         return cls(content["vocab_size"], content["num_classes"], CodeLayout(tuple(content["layout"])))
 
 
+class Weights(NamedTuple):
+    """What the parts of a loss count at a step.
+
+    Attributes:
+        clusters: λ of each level of clusters.
+        lookahead: of `autoregressive.auxiliary`'s look-ahead; None where there is none.
+    """
+
+    clusters: Float[Array, " levels"]
+    lookahead: Float[Array, ""] | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class Objective:
     """What training and validation measure.
 
     Attributes:
-        cluster_sizes: nested levels of clusters, from the finest on.
+        cluster_sizes: nested levels of clusters, from the finest on; or the offsets of unequal ones.
         loss_chunks, label_smoothing: see `losses.cluster_loss`.
         mean_of_pictures: its `mean_of_rows`.
         mask_schedule, mask_draw: how a masked model's inputs are masked; keys of `masked.masking`'s tables.
         unmasked_weight: what its positions that are not masked count in the loss.
+        neighbour_weight: α of `neighbours`, see `losses.neighbours`.
+        regression_weight: of the code vectors that hidden states are held to, see `autoregressive.auxiliary`.
+        lookahead_weight: of its look-ahead; 0 is none, and its schedule is the trainer's.
+        vectors: float32 [N, d] of the rearranged codes, unit ones; None where nothing asks for them.
+        neighbours: of each code; None where nothing asks for them.
     """
 
-    cluster_sizes: tuple[int, ...] = (1,)
+    cluster_sizes: tuple[Clusters, ...] = (1,)
     loss_chunks: int = 1
     label_smoothing: float = 0.0
     mean_of_pictures: bool = False
     mask_schedule: str = "arccos"
     mask_draw: str = "independent"
     unmasked_weight: float = 1.0
+    neighbour_weight: float = 0.0
+    regression_weight: float = 0.0
+    lookahead_weight: float = 0.0
+    vectors: Float[np.ndarray, "N d"] | None = dataclasses.field(default=None, repr=False, compare=False)
+    neighbours: Neighbours | None = dataclasses.field(default=None, repr=False, compare=False)
 
     @classmethod
-    def of(cls, section: Section, cluster_sizes: tuple[int, ...]) -> "Objective":
-        """What config.training says, of a codebook with these clusters."""
-        names = (field.name for field in dataclasses.fields(cls) if field.name != "cluster_sizes")
-        return cls(cluster_sizes, **{name: section[name] for name in names})
+    def of(
+        cls,
+        section: Section,
+        cluster_sizes: tuple[Clusters, ...],
+        vectors: Float[Array | np.ndarray, "N d"] | None = None,
+    ) -> "Objective":
+        """What config.training says, of a codebook with these clusters and, where it `needs_vectors`, these vectors."""
+        given = ("cluster_sizes", "vectors", "neighbours")
+        names = [field.name for field in dataclasses.fields(cls) if field.name not in given]
+        neighbours = None
+        if needs_neighbours(section) and vectors is not None:
+            found = near_codes(vectors, section["neighbour_count"], section["neighbour_temperature"])
+            neighbours = Neighbours(*found)
+        kept = None if vectors is None else np.asarray(vectors, np.float32)
+        return cls(cluster_sizes, **{name: section[name] for name in names}, vectors=kept, neighbours=neighbours)
+
+    def indivisible(self, vocab_size: int) -> int:
+        """How many parts the codes have that are not to be split over devices: clusters of the coarsest level, which
+        are the fewest. Unequal ones may be split."""
+        clusters = self.cluster_sizes[-1]
+        return vocab_size if isinstance(clusters, tuple) else vocab_size // clusters
+
+    @property
+    def soft(self) -> Neighbours | None:
+        """The neighbours that the loss takes, where it does."""
+        return self.neighbours if self.neighbour_weight else None
+
+
+def needs_neighbours(section: Section) -> bool:
+    """Whether config.training asks for each code's near ones."""
+    drawn = section["context_noise"] > 0.0 and section["context_noise_draw"] == "neighbours"
+    return section["neighbour_weight"] > 0.0 or drawn
+
+
+def needs_vectors(section: Section) -> bool:
+    """Whether config.training asks for the tokenizer's code vectors."""
+    return needs_neighbours(section) or section["regression_weight"] > 0.0
 
 
 # For sampling, which measures nothing.

@@ -6,11 +6,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from iar_jax.generators.generator import Batch, Generator
+from iar_jax.generators.settings import AUXILIARY, Weights
 from iar_jax.training.optimizer import averaged, updated
 from iar_jax.training.state import TrainState
+
+# Of the key of a step's noise; parts of an accumulated batch have the numbers from 0 on.
+NOISE = 2**31 - 1
 
 Metrics = dict[str, Float[Array, ""]]
 
@@ -18,7 +22,12 @@ Metrics = dict[str, Float[Array, ""]]
 def init_train_state(key: Key[Array, ""], generator: Generator, optimizer: optax.GradientTransformation) -> TrainState:
     """A fresh state whose leaves carry their logical axes (flax boxes)."""
     params = generator.init(key)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema_params=params)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema_params=lasting(params))
+
+
+def lasting(params: Any) -> Any:
+    """Parameters of a generator without what training alone needs."""
+    return {name: part for name, part in params.items() if name != AUXILIARY} if AUXILIARY in params else params
 
 
 def make_train_step(
@@ -26,6 +35,8 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     cluster_weights: Sequence[float | optax.Schedule],
+    lookahead_weight: optax.Schedule | None = None,
+    noise: Callable[[Key[Array, ""], Int[Array, "B L"], Int[Array, ""]], Int[Array, "B L"]] | None = None,
     ema_decay: float,
     key: Key[Array, ""],
     accumulation: int = 1,
@@ -37,6 +48,8 @@ def make_train_step(
 
     Args:
         cluster_weights: λ of each level, or a schedule of it over the steps.
+        lookahead_weight: of the generator's look-ahead; None where it has none.
+        noise: (key, codes, step) -> the codes that the generator reads; None are the codes themselves.
         accumulation: parts that the batch is taken in, one after the other; their mean gradient is the batch's. Each
             part draws its own randomness.
         learning_rate: the optimizer's schedule, to be among the metrics.
@@ -65,13 +78,20 @@ def make_train_step(
 
     def train_step(state, batch):
         step_key = jax.random.fold_in(key, state.step)
-        weights = jnp.stack([jnp.float32(w(state.step) if callable(w) else w) for w in cluster_weights])
+        weights = Weights(
+            jnp.stack([jnp.float32(w(state.step) if callable(w) else w) for w in cluster_weights]),
+            None if lookahead_weight is None else jnp.float32(lookahead_weight(state.step)),
+        )
+        if noise is not None:
+            # Of a key that no dropout has.
+            noise_key = jax.random.fold_in(step_key, NOISE)
+            batch = {**batch, "context": noise(noise_key, batch["codes"], state.step)}
         grads, metrics = mean_gradient(state.params, batch, step_key, weights, state.ema_params)
         params, opt_state = updated(optimizer, state, grads, jax.eval_shape(generator.init, key))
         metrics |= {"grad_norm": optax.global_norm(grads)}
         if learning_rate is not None:
             metrics |= {"learning_rate": learning_rate(state.step)}
-        return TrainState(state.step + 1, params, opt_state, averaged(state, params, ema_decay)), metrics
+        return TrainState(state.step + 1, params, opt_state, averaged(state, lasting(params), ema_decay)), metrics
 
     return train_step
 

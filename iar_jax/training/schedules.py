@@ -61,6 +61,16 @@ def cluster_weights_of(section: Section) -> list[optax.Schedule]:
     return [make(a, b, section["num_steps"]) for a, b in zip(first, last, strict=True)]
 
 
+def lookahead_weight_of(section: Section) -> optax.Schedule | None:
+    """The weight of the look-ahead: nothing in the first twentieth of the training, where the average has little to
+    say, config.training's up to half of it, and half as much from there (Mirai-E: 2, then 1, on from 15 of 300
+    epochs); None where there is none."""
+    weight, steps = section["lookahead_weight"], section["num_steps"]
+    if not weight:
+        return None
+    return lambda step: weight * ((step >= steps // 20) * 1.0 - (step >= steps // 2) * 0.5)
+
+
 def differs_so_far(old: Section, new: Section, steps_done: int | None) -> bool:
     """Whether any of the steps done so far would have had another rate, or another λ, with the new section.
 

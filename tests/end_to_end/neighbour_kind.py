@@ -32,7 +32,7 @@ class Neighbour:
 
     @property
     def splits(self):
-        return {"clusters of codes": (self.facts.vocab_size // self.objective.cluster_sizes[-1], "tensor")}
+        return {"clusters of codes": (self.objective.indivisible(self.facts.vocab_size), "tensor")}
 
     def flops(self, batch_size):
         return 6.0 * batch_size * self.layout.length * self.dim * self.facts.vocab_size
@@ -61,7 +61,7 @@ class Neighbour:
         return loss, losses.named(sizes)
 
     def loss(self, params, batch, key, weights, teacher=None):
-        loss, losses = self.losses(params, batch, weights)
+        loss, losses = self.losses(params, batch, weights.clusters)
         return loss, {name: jnp.mean(values) for name, values in losses.items()}
 
     def score(self, params, batch):

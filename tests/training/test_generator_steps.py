@@ -8,10 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from iar_jax.codebook.neighbours import near_codes
 from iar_jax.generators.autoregressive.generator import Autoregressive
 from iar_jax.generators.autoregressive.transformer import Transformer
 from iar_jax.generators.settings import Objective
+from iar_jax.losses.neighbours import Neighbours
 from iar_jax.runtime import sharding
+from iar_jax.training.context_noise import noise_of
 from iar_jax.training.generator_steps import init_train_state, make_eval_step, make_train_step
 from iar_jax.training.optimizer import make_optimizer
 from iar_jax.training.schedules import WEIGHT_SCHEDULES
@@ -22,9 +25,10 @@ CODES = np.random.default_rng(0).integers(0, 64, (8, 16)).astype(np.int32)
 BATCH = {"label": LABELS, "codes": CODES}
 
 
-def pieces(step_options=None, cluster_sizes=(8,), loss_chunks=2, **fields):
-    network = Transformer(64, 10, 4, 32, 2, 8, 64, **{"init_std": 0.2, "ffn_dropout_rate": 0.1, **fields})
-    generator = Autoregressive(network, Objective(cluster_sizes, loss_chunks))
+def pieces(step_options=None, cluster_sizes=(8,), loss_chunks=2, objective=None, **fields):
+    defaults = {"num_layers": 2, "init_std": 0.2, "ffn_dropout_rate": 0.1}
+    network = Transformer(64, 10, 4, 32, num_heads=8, hidden_dim=64, **{**defaults, **fields})
+    generator = Autoregressive(network, objective or Objective(cluster_sizes, loss_chunks))
     optimizer = make_optimizer(1e-2, b1=0.9, b2=0.95, weight_decay=0.05, clip_norm=1.0, decays=generator.decays)
     options = {"cluster_weights": (1.0,) * len(cluster_sizes), "ema_decay": 0.9, **(step_options or {})}
     return generator, optimizer, make_train_step(generator, optimizer, key=jax.random.key(5), **options)
@@ -69,6 +73,48 @@ def test_two_steps_on_a_mesh_equal_those_on_one_device(one_device, shape):
             wanted = wanted[entry.key]
         difference = np.abs(leaf - wanted)
         assert np.quantile(difference, 0.99) < 1e-5, path
+
+
+def all_variants():
+    """An objective with all that can be added to the loss, unequal clusters, and options of a step with noise."""
+    vectors = np.random.default_rng(3).standard_normal((64, 8)).astype(np.float32)
+    objective = Objective(
+        ((0, 3, 10, 41, 64),),
+        neighbour_weight=0.3,
+        regression_weight=0.5,
+        lookahead_weight=2.0,
+        vectors=vectors,
+        neighbours=Neighbours(*near_codes(vectors, 5)),
+    )
+    section = {"context_noise": 1.0, "context_noise_end": 1.0, "num_steps": 4, "context_noise_draw": "neighbours"}
+    options = {"lookahead_weight": lambda step: 2.0 - step, "noise": noise_of(section, objective, 64)}
+    return {"objective": objective, "step_options": {"cluster_weights": (1.0,), **options}, "num_layers": 3}
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
+def test_all_variants_on_a_mesh_equal_those_on_one_device(shape):
+    expected, expected_history = run(None, **all_variants())
+    state, history = run(shape, **all_variants())
+    assert {"neighbour_loss", "regression_loss", "lookahead_loss"} < history[0].keys()
+    for found, wanted in zip(history, expected_history, strict=True):
+        for name in wanted:
+            np.testing.assert_allclose(found[name], wanted[name], rtol=3e-5, atol=1e-6, err_msg=name)
+    parts = [
+        found[f"{name}_loss"] * weight
+        for found, lookahead in zip(history, (2.0, 1.0), strict=True)
+        for name, weight in {
+            "token": 1,
+            "cluster": 1,
+            "neighbour": 0.3,
+            "regression": 0.5,
+            "lookahead": lookahead,
+        }.items()
+    ]
+    np.testing.assert_allclose(sum(parts), sum(found["loss"] for found in history), rtol=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected.params), strict=True):
+        assert np.quantile(np.abs(ours - theirs), 0.99) < 1e-5
+    assert "auxiliary" in state.params
+    assert "auxiliary" not in state.ema_params
 
 
 @pytest.mark.parametrize("shape", [None, (2, 2, 2)])

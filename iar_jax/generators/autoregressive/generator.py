@@ -11,11 +11,21 @@ from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict
 
 from iar_jax.config.checks import divisors_near
+from iar_jax.generators.autoregressive import auxiliary
 from iar_jax.generators.autoregressive.decoding import generate
 from iar_jax.generators.autoregressive.transformer import Transformer
 from iar_jax.generators.code_layout import CodeLayout
 from iar_jax.generators.guidance import is_guided
-from iar_jax.generators.settings import NETWORK_FIELDS, NO_OBJECTIVE, Facts, Objective, SamplingSettings, Work
+from iar_jax.generators.settings import (
+    AUXILIARY,
+    NETWORK_FIELDS,
+    NO_OBJECTIVE,
+    Facts,
+    Objective,
+    SamplingSettings,
+    Weights,
+    Work,
+)
 from iar_jax.losses.cluster_loss import cluster_loss
 from iar_jax.models.attention import Case, announced
 from iar_jax.models.layers import swiglu_hidden_dim
@@ -50,50 +60,93 @@ class Autoregressive:
             "width of the model": (network.dim, "fsdp"),
             "heads of keys and values": (network.block_fields()["num_kv_heads"], "tensor"),
             "hidden units": (network.hidden_dim, "tensor"),
-            # The coarsest are the fewest.
-            "clusters of codes": (network.vocab_size // self.objective.cluster_sizes[-1], "tensor"),
+            "clusters of codes": (self.objective.indivisible(network.vocab_size), "tensor"),
         }
 
     def flops(self, batch_size: int) -> float:
-        """Of the products with weights, and attention's causal half."""
-        network, length = self.network, self.layout.length
+        """Of the products with weights, and attention's causal half; and of what the loss alone needs."""
+        network, length, objective = self.network, self.layout.length, self.objective
         share_of_heads = network.block_fields()["num_kv_heads"] / network.num_heads
         attention_weights = (2.0 + 2.0 * share_of_heads) * network.dim**2
-        weights = network.num_layers * (attention_weights + 3 * network.dim * network.hidden_dim)
-        weights += network.dim * network.vocab_size
-        attention = 2 * network.num_layers * length**2 * network.dim
-        return 3.0 * batch_size * (2 * weights * length + attention)
+        layer = 2 * (attention_weights + 3 * network.dim * network.hidden_dim) * length + 2 * length**2 * network.dim
+        a_picture = 3 * (network.num_layers * layer + 2 * network.dim * network.vocab_size * length)
+        if objective.regression_weight or objective.lookahead_weight:
+            heads = jax.tree.leaves(jax.eval_shape(self.init, jax.random.key(0))[AUXILIARY])
+            a_picture += 3 * 2 * sum(leaf.size for leaf in heads) * length
+        if objective.lookahead_weight:
+            # The averaged model, forward alone.
+            a_picture += auxiliary.layers_at(auxiliary.LOOKAHEAD_DEPTH, network.num_layers) * layer
+        return float(batch_size * a_picture)
 
     def init(self, key: Key[Array, ""]) -> Any:
         labels, codes = jnp.zeros((1,), jnp.int32), jnp.zeros((1, self.layout.length), jnp.int32)
-        return self.network.init(key, labels, codes)["params"]
+        params = self.network.init(key, labels, codes)["params"]
+        objective = self.objective
+        if not (objective.regression_weight or objective.lookahead_weight):
+            return params
+        vector_dim = 0 if objective.vectors is None else objective.vectors.shape[1]
+        wanted = (objective.regression_weight > 0.0, objective.lookahead_weight > 0.0)
+        return params | {AUXILIARY: auxiliary.new_heads(key, self.network.dim, vector_dim, *wanted)}
 
     def loss(
         self,
         params: Any,
         batch: Mapping[str, Any],
         key: Key[Array, ""],
-        weights: Float[Array, " levels"],
+        weights: Weights,
         teacher: Any = None,
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        loss, losses = self._losses(params, batch, weights, {"dropout": key})
-        return loss, {name: jnp.mean(values) for name, values in losses.items()}
+        objective = self.objective
+        if not (objective.regression_weight or objective.lookahead_weight):
+            hidden = self._hidden(params, batch, {"dropout": key})
+            loss, losses = self._losses(params, hidden, batch["codes"], weights.clusters)
+            return loss, {name: jnp.mean(values) for name, values in losses.items()}
+        hidden, added, more = self._held(params, batch, key, weights, teacher)
+        loss, losses = self._losses(params, hidden, batch["codes"], weights.clusters)
+        return loss + added, {name: jnp.mean(values) for name, values in losses.items()} | more
 
     def score(self, params: Any, batch: Mapping[str, Any]) -> dict[str, Float[Array, " B"]]:
-        _, losses = self._losses(params, batch, jnp.zeros(len(self.objective.cluster_sizes)), {})
+        hidden = self._hidden(params, batch, {})
+        _, losses = self._losses(params, hidden, batch["codes"], jnp.zeros(len(self.objective.cluster_sizes)))
         return {name: jnp.mean(values, axis=-1) for name, values in losses.items()}
 
-    def _losses(self, params, batch, weights, rngs):
-        sizes = self.objective.cluster_sizes
-        hidden = self.network.apply({"params": params}, batch["label"], batch["codes"], method="hidden", rngs=rngs)
+    def _hidden(self, params, batch, rngs):
+        context = batch.get("context", batch["codes"])
+        return self.network.apply({"params": params}, batch["label"], context, method="hidden", rngs=rngs)
+
+    def _losses(self, params, hidden, codes, weights):
+        objective = self.objective
+        sizes = objective.cluster_sizes
         loss, losses = cluster_loss(
             hidden,
             params["head"],
-            batch["codes"],
+            codes,
             [(size, weights[i]) for i, size in enumerate(sizes)],
-            num_chunks=self.objective.loss_chunks,
+            neighbours=objective.soft,
+            neighbour_weight=objective.neighbour_weight,
+            num_chunks=objective.loss_chunks,
         )
         return loss, losses.named(sizes)
+
+    def _held(self, params, batch, key, weights, teacher):
+        """What the head is applied to, and the losses that hidden states are held to, added and by their names."""
+        network, objective, heads = self.network, self.objective, params[AUXILIARY]
+        regression = auxiliary.layers_at(auxiliary.REGRESSION_DEPTH, network.num_layers)
+        lookahead = auxiliary.layers_at(auxiliary.LOOKAHEAD_DEPTH, network.num_layers)
+        depths = sorted({regression, lookahead})
+        context = batch.get("context", batch["codes"])
+        embedded, kept, hidden = auxiliary.states_at(network, params, batch["label"], context, depths, key)
+        states, added, found = dict(zip(depths, kept, strict=True)), jnp.float32(0.0), {}
+        if objective.regression_weight:
+            value = auxiliary.regression_loss(
+                heads, embedded, states[regression], batch["codes"], objective.vectors, network.dtype
+            )
+            added, found["regression_loss"] = added + objective.regression_weight * value, value
+        if objective.lookahead_weight:
+            goal = auxiliary.teacher_states(network, teacher, batch["label"], batch["codes"], lookahead)
+            value = auxiliary.lookahead_loss(heads, states[lookahead], goal, network.grid_size, network.dtype)
+            added, found["lookahead_loss"] = added + weights.lookahead * value, value
+        return hidden, added, found
 
     def sample(
         self, params: Any, labels: Int[Array, " B"], keys: Key[Array, " B"], settings: SamplingSettings

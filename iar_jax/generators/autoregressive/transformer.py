@@ -203,10 +203,23 @@ class Transformer(nn.Module):
         self, labels: Int[Array | np.ndarray, " B"], codes: Int[Array | np.ndarray, "B L"]
     ) -> Float[Array, "B L D"]:
         """What the head is applied to, after the final norm; in the model's dtype."""
+        return self.normed(self.through(self.embedded(labels, codes)))
+
+    def embedded(
+        self, labels: Int[Array | np.ndarray, " B"], codes: Int[Array | np.ndarray, "B L"]
+    ) -> Float[Array, "B L D"]:
+        """What the first layer takes: the class and the codes but the last."""
         if self.class_dropout_rate > 0.0 and self.has_rng("dropout"):
             dropped = jax.random.bernoulli(self.make_rng("dropout"), self.class_dropout_rate, labels.shape)
             labels = jnp.where(dropped, self.null_class, labels)
         x = jnp.concatenate([self.embed_labels(labels), self.embed_codes(codes[:, :-1])], axis=1)
-        x = self.token_dropout(nn.with_logical_constraint(x, ("batch", None, None)))
+        return self.token_dropout(nn.with_logical_constraint(x, ("batch", None, None)))
+
+    def through(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        """All layers."""
         x, _ = self.layers(x, self.rope())
+        return x
+
+    def normed(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        """The final norm."""
         return nn.with_logical_constraint(self.norm(x), ("batch", None, None))

@@ -16,7 +16,7 @@ from iar_jax.generators.guidance import is_guided
 from iar_jax.generators.masked.masking import draw_masks
 from iar_jax.generators.masked.sampling import sample_codes
 from iar_jax.generators.masked.transformer import MaskedTransformer
-from iar_jax.generators.settings import NETWORK_FIELDS, NO_OBJECTIVE, Facts, Objective, SamplingSettings, Work
+from iar_jax.generators.settings import NETWORK_FIELDS, NO_OBJECTIVE, Facts, Objective, SamplingSettings, Weights, Work
 from iar_jax.losses.cluster_loss import cluster_loss
 from iar_jax.models.attention import Case, announced
 from iar_jax.models.layers import swiglu_hidden_dim
@@ -54,8 +54,7 @@ class Masked:
             "width of the model": (network.dim, "fsdp"),
             "heads": (network.num_heads, "tensor"),
             "hidden units": (network.hidden_dim, "tensor"),
-            # The coarsest are the fewest.
-            "clusters of codes": (network.vocab_size // self.objective.cluster_sizes[-1], "tensor"),
+            "clusters of codes": (self.objective.indivisible(network.vocab_size), "tensor"),
         }
 
     def flops(self, batch_size: int) -> float:
@@ -77,14 +76,14 @@ class Masked:
         params: Any,
         batch: Mapping[str, Any],
         key: Key[Array, ""],
-        weights: Float[Array, " levels"],
+        weights: Weights,
         teacher: Any = None,
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """Metrics are of the masked positions."""
         mask_key, dropout_key = jax.random.split(key)
         keys = jax.random.split(mask_key, batch["codes"].shape[0])
         masked = draw_masks(keys, self.layout.length, self.objective.mask_schedule, self.objective.mask_draw)
-        loss, losses = self._losses(params, batch, masked, weights, {"dropout": dropout_key})
+        loss, losses = self._losses(params, batch, masked, weights.clusters, {"dropout": dropout_key})
         count = jnp.maximum(jnp.sum(masked), 1)
         return loss, {name: jnp.sum(values * masked) / count for name, values in losses.items()}
 
@@ -103,7 +102,7 @@ class Masked:
 
     def _losses(self, params, batch, masked, weights, rngs):
         objective, codes = self.objective, batch["codes"]
-        inputs = jnp.where(masked, self.network.mask, codes)
+        inputs = jnp.where(masked, self.network.mask, batch.get("context", codes))
         variables = {"params": params}
         hidden = self.network.apply(variables, batch["label"], inputs, method="hidden", rngs=rngs)
         other = self.network.apply(variables, hidden, method="mask_logits") if self.network.mask_output else None
@@ -116,6 +115,8 @@ class Masked:
             bias=params["head_bias"],
             other_logits=other,
             label_smoothing=objective.label_smoothing,
+            neighbours=objective.soft,
+            neighbour_weight=objective.neighbour_weight,
             position_weights=counted,
             mean_of_rows=objective.mean_of_pictures,
             num_chunks=objective.loss_chunks,
@@ -149,6 +150,12 @@ def check_masked(config: ConfigDict) -> None:
     """Raises UserError where fields do not go together."""
     model, sampling = config.model, config.sampling
     positions = grid_size(config) ** 2
+    for name in ("regression_weight", "lookahead_weight"):
+        if config.training[name]:
+            raise UserError(
+                f"config.training.{name} is {config.training[name]:g}, which holds an autoregressive model to what is "
+                "to come; a masked one sees all around it: leave it at 0"
+            )
     if model.dim < model.num_heads:
         raise UserError(f"config.model.num_heads is {model.num_heads}, more than config.model.dim ({model.dim})")
     if model.num_kv_heads not in (0, model.num_heads):

@@ -14,7 +14,7 @@ from iar_jax.generators.generator import Generator, build_generator
 from iar_jax.generators.masked.generator import Masked
 from iar_jax.generators.masked.masking import draw_masks
 from iar_jax.generators.masked.transformer import MaskedTransformer
-from iar_jax.generators.settings import Facts, Objective
+from iar_jax.generators.settings import Facts, Objective, Weights
 from iar_jax.losses.cluster_loss import reference
 from iar_jax.runtime.errors import UserError
 from tests.generators.masked.test_transformer import initial, small
@@ -69,7 +69,7 @@ def test_the_loss_is_of_the_positions_that_count(unmasked_weight, mean_of_pictur
     params = initial(module)
     objective = Objective((4,), unmasked_weight=unmasked_weight, mean_of_pictures=mean_of_pictures, mask_draw="counted")
     generator, key = Masked(module, objective), jax.random.key(7)
-    loss, metrics = generator.loss(params, batch, key, jnp.array([0.5]))
+    loss, metrics = generator.loss(params, batch, key, Weights(jnp.array([0.5])))
     # The same draw again.
     masked = draw_masks(jax.random.split(jax.random.split(key)[0], 6), 16, "arccos", "counted")
     inputs = jnp.where(masked, module.mask, batch["codes"])
@@ -85,7 +85,7 @@ def test_the_loss_is_of_the_positions_that_count(unmasked_weight, mean_of_pictur
 def test_other_keys_mask_other_positions_and_equal_ones_the_same():
     generator, batch = Masked(small(), Objective((4,))), batch_of()
     params = initial(generator.network)
-    losses = [float(generator.loss(params, batch, jax.random.key(i), jnp.zeros(1))[0]) for i in (0, 1, 0)]
+    losses = [float(generator.loss(params, batch, jax.random.key(i), Weights(jnp.zeros(1)))[0]) for i in (0, 1, 0)]
     assert losses[0] == losses[2] != losses[1]
 
 

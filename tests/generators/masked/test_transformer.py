@@ -8,7 +8,7 @@ import pytest
 
 from iar_jax.generators.masked.generator import Masked
 from iar_jax.generators.masked.transformer import MaskedTransformer
-from iar_jax.generators.settings import Objective
+from iar_jax.generators.settings import Objective, Weights
 from iar_jax.interop import maskgit
 from iar_jax.runtime import sharding
 
@@ -121,7 +121,7 @@ def test_every_mesh_gives_the_same_loss_and_gradients(shape):
 
     def step(params, batch):
         return jax.value_and_grad(
-            lambda p: generator.loss(p, batch, jax.random.key(3), jnp.array([1.0, 0.5])), has_aux=True
+            lambda p: generator.loss(p, batch, jax.random.key(3), Weights(jnp.array([1.0, 0.5]))), has_aux=True
         )(params)
 
     (alone, metrics), grads = jax.jit(step)(params, jax.tree.map(jnp.asarray, batch))
