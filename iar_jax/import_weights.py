@@ -162,7 +162,7 @@ def save_permutation_artifact(
 
     figures = {
         "codebook_fingerprint": codebook_fingerprint,
-        "num_clusters": len(permutation.old_to_new) // permutation.cluster_size,
+        "num_clusters": len(permutation.bounds) - 1,
     }
     inputs = {"tokenizer": tokenizer.fingerprint}
     fingerprint = permutation_fingerprint(permutation)

@@ -4,7 +4,9 @@ python -m iar_jax.rearrange_codebook --config=configs/mnist.py --workdir=runs/mn
 """
 
 import io
+import itertools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,12 +15,15 @@ import numpy as np
 from etils import epath
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
+from scipy.spatial.distance import pdist
 
-from iar_jax.codebook.balanced_kmeans import BalancedClustering, nested_clusters, unconstrained_inertia
+from iar_jax.codebook.average_linkage import average_linkage
+from iar_jax.codebook.balanced_kmeans import BalancedClustering, clustering_of, nested_clusters, unconstrained_inertia
 from iar_jax.codebook.code_distance import neighbours_in_own_cluster
 from iar_jax.codebook.ordering import ORDERS, path_length, spanning_tree_length
-from iar_jax.codebook.permutation import Permutation, save_permutation
+from iar_jax.codebook.permutation import Permutation, invert, save_permutation
 from iar_jax.config import command_line
+from iar_jax.config.fields import UNEQUAL
 from iar_jax.config.relevance import relevant
 from iar_jax.data import image_grids, preprocessing
 from iar_jax.data.codes import permutation_fingerprint, read_permutation
@@ -37,6 +42,7 @@ READS = ("seed", "inputs", "mesh", "codebook")
 CLUSTERS_SHOWN = 16
 MEMBERS_SHOWN = 32
 NEIGHBOURS = 10
+PAIRS = 1_000_000
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> None:
@@ -57,15 +63,16 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         tokenizer = load_tokenizer(inputs["tokenizer"].directory, sharding.make_mesh(**config.mesh))
         raw_codebook = tokenizer.params["quantizer"]["codebook"]
         codebook = np.asarray(normalize(raw_codebook))
-        levels, order, permutation = rearranged(codebook, config.codebook, config.seed)
+        points = POINTS[config.codebook.points](tokenizer, codebook)
+        levels, order, permutation = rearranged(points, config.codebook, config.seed)
         codebook_fingerprint = artifacts.fingerprint_arrays(raw_codebook)
         with writing(directory / "permutation.npz") as local:
             save_permutation(local, permutation, codebook_fingerprint)
-        within = distances_within(codebook, order, permutation.cluster_size)
-        among_all = distances_among_all(codebook)
+        within = distances_within(points, order, permutation.bounds)
+        among_all = distances_among_all(points)
         write_bytes(directory / "distances.png", distance_histogram(within, among_all))
-        image_grids.write_png(directory / "clusters.png", picture_of(tokenizer, order, permutation.cluster_size))
-        figures = measured(codebook, order, permutation, levels)
+        image_grids.write_png(directory / "clusters.png", picture_of(tokenizer, order, permutation.bounds))
+        figures = measured(points, order, permutation, levels)
         figures |= {"mean_distance_within": float(np.mean(within))}
         figures |= {"mean_distance_among_all": float(np.mean(among_all))}
         figures |= {"codebook_fingerprint": codebook_fingerprint, "seconds": time.monotonic() - start}
@@ -84,80 +91,88 @@ def sound(found: artifacts.Metadata | None, directory: epath.Path) -> bool:
 
 
 def rearranged(
-    codebook: np.ndarray, section: ConfigDict, seed: int
+    points: np.ndarray, section: ConfigDict, seed: int
 ) -> tuple[list[BalancedClustering], np.ndarray, Permutation]:
-    """The levels of clusters of unit code vectors, the old ids in their new order, and the permutation.
+    """The levels of clusters of the codes' points, the old ids in their new order, and the permutation.
 
     Args:
+        points: [N, d], one of each code.
         section: config.codebook.
 
     Raises:
         UserError: a cluster size does not divide the codebook.
     """
     sizes = tuple(section.cluster_sizes)
-    if len(codebook) % sizes[-1]:
+    if len(points) % sizes[-1]:
         raise UserError(
-            f"config.codebook.cluster_sizes is {sizes}: {sizes[-1]} does not divide the {len(codebook)} codes of the "
+            f"config.codebook.cluster_sizes is {sizes}: {sizes[-1]} does not divide the {len(points)} codes of the "
             "tokenizer"
         )
+    if section.assignment == UNEQUAL:
+        order, offsets = average_linkage(points, len(points) // sizes[0])
+        permutation = Permutation(invert(order), 0, offsets=offsets)
+        return [clustering_of(points, permutation.cluster_of_old)], order, permutation
     levels = nested_clusters(
-        codebook,
+        points,
         sizes,
         key=jax.random.key(seed),
         assignment=section.assignment,
         max_iterations=section.max_iterations,
         num_restarts=section.num_restarts,
     )
-    order = ORDERS[section.order](codebook, *(np.asarray(level.assignment) for level in levels))
+    order = ORDERS[section.order](points, *(np.asarray(level.assignment) for level in levels))
     return levels, order, Permutation.from_order(order, sizes[0], sizes[1:])
 
 
-def picture_of(tokenizer: LoadedTokenizer, order: np.ndarray, cluster_size: int) -> UInt8[np.ndarray, "Y X 3"]:
+def picture_of(tokenizer: LoadedTokenizer, order: np.ndarray, bounds: np.ndarray) -> UInt8[np.ndarray, "Y X 3"]:
     """The decoded patches of the members of some clusters, one row a cluster."""
-    patches = decoded_patches(tokenizer, order[: min(CLUSTERS_SHOWN * cluster_size, len(order))])
-    shown = patches.reshape(-1, cluster_size, *patches.shape[1:])[:, :MEMBERS_SHOWN]
+    rows = [order[start:end][:MEMBERS_SHOWN] for start, end in itertools.pairwise(bounds[: CLUSTERS_SHOWN + 1])]
+    columns = max(map(len, rows))
+    patches = decoded_patches(tokenizer, np.concatenate(rows))
+    shown = np.zeros((len(rows), columns, *patches.shape[1:]), np.uint8)
+    shown[np.arange(columns) < np.array([len(row) for row in rows])[:, None]] = patches
     scale = max(1, 24 // shown.shape[2])
-    return image_grids.image_grid(shown.reshape(-1, *shown.shape[2:]), columns=shown.shape[1], scale=scale)
+    return image_grids.image_grid(shown.reshape(-1, *shown.shape[2:]), columns=columns, scale=scale)
 
 
 def measured(
-    codebook: np.ndarray, order: np.ndarray, permutation: Permutation, levels: list[BalancedClustering]
+    points: np.ndarray, order: np.ndarray, permutation: Permutation, levels: list[BalancedClustering]
 ) -> dict[str, Any]:
     """The figures of the clusters, of the finest level where there are several, and of the order."""
     clustering, gap = levels[0], float(levels[0].gap)
     return {
         "inertia": float(clustering.inertia),
         "gap": None if np.isnan(gap) else gap,  # greedy assignments have no certificate
-        "unconstrained_inertia": float(unconstrained_inertia(codebook, clustering.centroids)),
-        "inertia_of_one_cluster": float(np.sum(np.square(codebook - codebook.mean(axis=0)))),
-        "inertia_of_coarser_levels": [coarse_inertia(codebook, order, size) for size in permutation.coarser_sizes],
-        "neighbours_in_own_cluster": neighbours_in_own_cluster(codebook, permutation.cluster_of_old, NEIGHBOURS),
-        "path_length": path_length(codebook, order),
-        "path_length_before": path_length(codebook, np.arange(len(order))),
-        "spanning_tree_length": spanning_tree_length(codebook),
-        "num_clusters": len(codebook) // permutation.cluster_size,
+        "unconstrained_inertia": float(unconstrained_inertia(points, clustering.centroids)),
+        "inertia_of_one_cluster": float(np.sum(np.square(points - points.mean(axis=0)))),
+        "inertia_of_coarser_levels": [coarse_inertia(points, order, size) for size in permutation.coarser_sizes],
+        "neighbours_in_own_cluster": neighbours_in_own_cluster(points, permutation.cluster_of_old, NEIGHBOURS),
+        "path_length": path_length(points, order),
+        "path_length_before": path_length(points, np.arange(len(order))),
+        "spanning_tree_length": spanning_tree_length(points),
+        "num_clusters": len(permutation.bounds) - 1,
+        "largest_cluster": int(np.diff(permutation.bounds).max()),
         "num_iterations": int(clustering.num_iterations),
         "converged": bool(clustering.converged),
     }
 
 
-def coarse_inertia(codebook: np.ndarray, order: np.ndarray, cluster_size: int) -> float:
+def coarse_inertia(points: np.ndarray, order: np.ndarray, cluster_size: int) -> float:
     """Within-cluster sum of squared distances of codes to the means of a level's clusters."""
-    groups = codebook[order].reshape(-1, cluster_size, codebook.shape[1]).astype(np.float64)
+    groups = points[order].reshape(-1, cluster_size, points.shape[1]).astype(np.float64)
     return float(np.sum(np.square(groups - groups.mean(axis=1, keepdims=True))))
 
 
 def announce(figures: dict[str, Any], permutation: Permutation, directory: epath.Path) -> None:
     """The figures for a person."""
     inertia, total = figures["inertia"], figures["inertia_of_one_cluster"]
-    sizes = " in ".join(
-        f"{len(permutation.old_to_new) // size} clusters of {size}" for size in permutation.cluster_sizes
-    )
+    beyond = inertia / figures["unconstrained_inertia"] - 1.0
     say(
-        f"rearrange_codebook: {sizes}, within-cluster squared error {inertia:.1f}: {inertia / total:.0%} of one "
-        f"cluster's, and {inertia / figures['unconstrained_inertia'] - 1.0:+.2%} to k-means without balance from there"
+        f"rearrange_codebook: {permutation.said()}, within-cluster squared error {inertia:.1f}: {inertia / total:.0%} "
+        f"of one cluster's, and {beyond:+.2%} to k-means without balance from there"
     )
-    chance = (permutation.cluster_size - 1) / max(len(permutation.old_to_new) - 1, 1)
+    sizes, num_codes = np.diff(permutation.bounds), len(permutation.old_to_new)
+    chance = float(np.sum(sizes * (sizes - 1.0))) / max(num_codes * (num_codes - 1.0), 1.0)
     say(
         f"{figures['neighbours_in_own_cluster']:.0%} of the {NEIGHBOURS} nearest neighbours of a code are in its "
         f"cluster ({chance:.1%} by chance); steps between ids sum to {figures['path_length']:.0f}, "
@@ -166,23 +181,20 @@ def announce(figures: dict[str, Any], permutation: Permutation, directory: epath
     say(f"pictures in {directory / 'clusters.png'}; distances inside clusters in {directory / 'distances.png'}")
 
 
-def distances_within(codebook: np.ndarray, order: np.ndarray, cluster_size: int) -> np.ndarray:
+def distances_within(points: np.ndarray, order: np.ndarray, bounds: np.ndarray) -> np.ndarray:
     """Euclidean distances of all pairs of codes that share a cluster; one zero where clusters have one code."""
-    pairs = np.triu_indices(cluster_size, 1)
-    if not len(pairs[0]):
-        return np.zeros(1)
-    groups = codebook[order].reshape(-1, cluster_size, codebook.shape[1]).astype(np.float64)
-    return np.concatenate([np.linalg.norm(group[pairs[0]] - group[pairs[1]], axis=1) for group in groups])
+    groups = [points[order[start:end]].astype(np.float64) for start, end in itertools.pairwise(bounds)]
+    return np.concatenate([pdist(group) for group in groups if len(group) > 1] or [np.zeros(1)])
 
 
-def distances_among_all(codebook: np.ndarray) -> np.ndarray:
-    """Euclidean distances of a million pairs of codes, drawn at random; one zero where there is one code."""
-    if len(codebook) == 1:
+def distances_among_all(points: np.ndarray) -> np.ndarray:
+    """Euclidean distances of some pairs of codes, drawn at random; one zero where there is one code."""
+    if len(points) == 1:
         return np.zeros(1)
     rng = np.random.default_rng(0)
-    first, step = rng.integers(0, len(codebook), 1_000_000), rng.integers(1, len(codebook), 1_000_000)
-    second = (first + step) % len(codebook)
-    return np.linalg.norm(codebook[first] - codebook[second], axis=1)
+    first, step = rng.integers(0, len(points), PAIRS), rng.integers(1, len(points), PAIRS)
+    parts = np.array_split(np.stack([first, (first + step) % len(points)]), 20, axis=1)
+    return np.concatenate([np.linalg.norm(points[a] - points[b], axis=1) for a, b in parts])
 
 
 def distance_histogram(within: np.ndarray, among_all: np.ndarray) -> bytes:
@@ -191,7 +203,7 @@ def distance_histogram(within: np.ndarray, among_all: np.ndarray) -> bytes:
     bins = np.linspace(0.0, max(within.max(), among_all.max(), 1e-6), 80).tolist()
     axes.hist(among_all, bins, density=True, alpha=0.5, label="any two codes")
     axes.hist(within, bins, density=True, alpha=0.7, label="two codes of one cluster")
-    axes.set(title="distances between codes", xlabel="Euclidean distance of unit vectors", ylabel="density")
+    axes.set(title="distances between codes", xlabel="Euclidean distance of what was clustered", ylabel="density")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
@@ -210,6 +222,18 @@ def decoded_patches(tokenizer: LoadedTokenizer, codes: np.ndarray) -> np.ndarray
     )
     f = model.downsampling
     return images[:, f : 2 * f, f : 2 * f]
+
+
+def decoded_points(tokenizer: LoadedTokenizer, codebook: np.ndarray) -> np.ndarray:
+    """The patch that each code paints, as a vector of pixels in [0, 1]."""
+    return decoded_patches(tokenizer, np.arange(len(codebook))).reshape(len(codebook), -1).astype(np.float32) / 255.0
+
+
+# config.codebook.points: (tokenizer, unit code vectors) -> what codes are clustered by, [N, d].
+POINTS: dict[str, Callable[[LoadedTokenizer, np.ndarray], np.ndarray]] = {
+    "codes": lambda tokenizer, codebook: codebook,
+    "pixels": decoded_points,
+}
 
 
 if __name__ == "__main__":

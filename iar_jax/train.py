@@ -177,7 +177,7 @@ def open_codes(inputs: Mapping[str, Artifact], cache_dir: str) -> Codes:
     train = CodeSource(directory, permutation, num_classes, cache_dir)
     val = FirstCrop(CodeSource(inputs["val_codes"].directory, permutation, num_classes, cache_dir))
     layout = layout_of(inputs["codes"], train[0]["codes"].shape[1])
-    return Codes(train, val, Facts(len(permutation.old_to_new), num_classes, layout), permutation.cluster_sizes)
+    return Codes(train, val, Facts(len(permutation.old_to_new), num_classes, layout), permutation.levels)
 
 
 def code_vectors(inputs: Mapping[str, Artifact], mesh: Mesh) -> Float[np.ndarray, "N d"]:
@@ -205,8 +205,8 @@ def make_step(
     section = config.training
     if len(section.cluster_weights) != len(cluster_sizes):
         raise UserError(
-            f"config.training.cluster_weights is {tuple(section.cluster_weights)}, and the codebook has clusters of "
-            f"{cluster_sizes}: give one weight for each size"
+            f"config.training.cluster_weights is {tuple(section.cluster_weights)}, and the codebook has "
+            f"{len(cluster_sizes)} levels of clusters: give one weight for each"
         )
     objective = Objective.of(section, cluster_sizes, vectors)
     generator = build_generator(config.model, facts, objective)

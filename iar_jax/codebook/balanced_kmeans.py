@@ -25,7 +25,7 @@ UNCONSTRAINED_ITERATIONS = 100
 
 
 class BalancedClustering(NamedTuple):
-    """A partition of N vectors into n clusters of N/n.
+    """A partition of N vectors into n clusters of N/n (or of other sizes, where `clustering_of` says what it is).
 
     Attributes:
         assignment: cluster of each vector, int32 [N] in [0, n).
@@ -131,6 +131,24 @@ def nested_clusters(
         level_key = jax.random.fold_in(key, number) if number else key
         levels.append(balanced_kmeans(members, vectors.shape[0] // size, key=level_key, **options))
     return levels
+
+
+def clustering_of(vectors: Float[np.ndarray, "N d"], assignment: Int[np.ndarray, " N"]) -> BalancedClustering:
+    """What `balanced_kmeans` says of its own clusters, of any that are there already; sums are in float64.
+
+    Args:
+        assignment: cluster of each vector; none is empty.
+    """
+    exact = np.asarray(vectors, np.float64)
+    sums = np.zeros((int(assignment.max()) + 1, exact.shape[1]))
+    np.add.at(sums, assignment, exact)
+    means = sums / np.bincount(assignment)[:, None]
+    inertia = jnp.float32(np.sum(np.square(exact - means[assignment])))
+    centroids = jnp.asarray(means, jnp.float32)
+    found = jnp.asarray(assignment, jnp.int32)
+    return BalancedClustering(
+        found, centroids, inertia, inertia[None], jnp.int32(1), jnp.bool_(True), jnp.float32(jnp.nan)
+    )
 
 
 def _mesh(num_vectors: int) -> Mesh:

@@ -88,10 +88,13 @@ def random_members(
     codes: Int[np.ndarray, "*shape"], permutation: Permutation, rng: np.random.Generator
 ) -> Int[np.ndarray, "*shape"]:
     """For each code another one of its cluster, all of them equally likely; the code itself in clusters of one."""
-    size = permutation.cluster_size
-    new = permutation.rearrange_codes(codes)
-    step = rng.integers(1, size, codes.shape) if size > 1 else 0
-    return permutation.new_to_old[new // size * size + (new % size + step) % size]
+    bounds, clusters = permutation.bounds, permutation.cluster_of_old[codes]
+    first, size = bounds[clusters], np.diff(bounds)[clusters]
+    # One bound for all codes where there is one: the draws are others than for as many equal bounds.
+    high = max(permutation.cluster_size, 2) if permutation.cluster_size else np.maximum(size, 2)
+    step = np.where(size > 1, rng.integers(1, high, codes.shape), 0)
+    place = permutation.rearrange_codes(codes) - first
+    return permutation.new_to_old[first + (place + step) % size]
 
 
 def change(

@@ -1,4 +1,4 @@
-"""The rearrangement of a codebook: a permutation of ids whose blocks of `cluster_size` are the clusters."""
+"""The rearrangement of a codebook: a permutation of ids in which every cluster is a run of ids."""
 
 import dataclasses
 import io
@@ -15,18 +15,20 @@ class Permutation:
 
     Attributes:
         old_to_new: int32 [N], a permutation of 0 .. N - 1.
-        cluster_size: S of the finest level; new ids [c * S, (c + 1) * S) are cluster c.
+        cluster_size: S of the finest level; new ids [c * S, (c + 1) * S) are cluster c. 0 where clusters are unequal.
         coarser_sizes: of further levels, nested; new ids [c * S, (c + 1) * S) are cluster c of a level with clusters
             of S codes.
+        offsets: of unequal clusters, which are one level: the first new id of each, and last N; else empty.
 
     Raises:
         ValueError: when old_to_new is not a permutation (it names the first id that is wrong), or a size does not
-            divide the next one, or the last one N.
+            divide the next one, or the last one N, or offsets do not rise from 0 to N.
     """
 
     old_to_new: Int[np.ndarray, " N"]
     cluster_size: int
     coarser_sizes: tuple[int, ...] = ()
+    offsets: tuple[int, ...] = ()
 
     def __post_init__(self):
         size = len(self.old_to_new)
@@ -37,6 +39,12 @@ class Permutation:
             if seen[new]:
                 raise ValueError(f"not a permutation: code {old} goes to {new}, and so does a code before it")
             seen[new] = True
+        if self.offsets:
+            if self.cluster_size or self.coarser_sizes:
+                raise ValueError("clusters have one size, or offsets")
+            if self.offsets[0] != 0 or self.offsets[-1] != size or min(np.diff(self.offsets)) < 1:
+                raise ValueError(f"offsets of clusters rise from 0 to the number of codes, {size}")
+            return
         if self.cluster_size < 1 or size % self.cluster_size:
             raise ValueError(f"cluster_size {self.cluster_size} does not divide the codebook size {size}")
         for finer, coarser in itertools.pairwise((*self.cluster_sizes, size)):
@@ -56,6 +64,17 @@ class Permutation:
         return (self.cluster_size, *self.coarser_sizes)
 
     @property
+    def levels(self) -> tuple[int | tuple[int, ...], ...]:
+        """The clusters of all levels as `losses.cluster_loss` takes them: by their size, or by offsets."""
+        return (self.offsets,) if self.offsets else self.cluster_sizes
+
+    @property
+    def bounds(self) -> Int[np.ndarray, " bounds"]:
+        """First new ids of the finest level's clusters, and last N."""
+        equal = np.arange(0, len(self.old_to_new) + 1, self.cluster_size or 1, dtype=np.int32)
+        return np.asarray(self.offsets, np.int32) if self.offsets else equal
+
+    @property
     def new_to_old(self) -> Int[np.ndarray, " N"]:
         """The inverse, int32 [N]."""
         return invert(self.old_to_new)
@@ -63,7 +82,23 @@ class Permutation:
     @property
     def cluster_of_old(self) -> Int[np.ndarray, " N"]:
         """Cluster of each old id, int32 [N]."""
-        return self.old_to_new // self.cluster_size
+        return (np.searchsorted(self.bounds, self.old_to_new, side="right") - 1).astype(np.int32)
+
+    def said(self) -> str:
+        """The clusters, for people."""
+        if self.offsets:
+            sizes = np.diff(self.offsets)
+            return f"{len(sizes)} clusters of {sizes.min()} to {sizes.max()} codes"
+        return " in ".join(f"{len(self.old_to_new) // size} clusters of {size}" for size in self.cluster_sizes)
+
+    def usage_weighted_size(self, usage: Int[np.ndarray, " N"]) -> float:
+        """The codes of a cluster, on the mean over all uses of codes.
+
+        Args:
+            usage: how often each old id is used.
+        """
+        sizes = np.diff(self.bounds)[self.cluster_of_old]
+        return float(np.sum(usage * sizes) / np.sum(usage))
 
     def rearrange_codes(self, codes: Int[np.ndarray, "*shape"]) -> Int[np.ndarray, "*shape"]:
         """Rearranged ids of original ones, int32."""
@@ -94,6 +129,7 @@ def save_permutation(path: Any, permutation: Permutation, codebook_fingerprint: 
             old_to_new=permutation.old_to_new.astype(np.int32),
             cluster_size=permutation.cluster_size,
             coarser_sizes=np.array(permutation.coarser_sizes, np.int32),
+            offsets=np.array(permutation.offsets, np.int32),
             codebook_fingerprint=codebook_fingerprint,
         )
 
@@ -108,9 +144,8 @@ def load_permutation(path: Any) -> tuple[Permutation, str]:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as content:
             # Files from before there were levels have none.
             coarser = tuple(content["coarser_sizes"].tolist()) if "coarser_sizes" in content else ()
-            return (
-                Permutation(content["old_to_new"].astype(np.int32), int(content["cluster_size"]), coarser),
-                str(content["codebook_fingerprint"]),
-            )
+            offsets = tuple(content["offsets"].tolist()) if "offsets" in content else ()
+            old_to_new, size = content["old_to_new"].astype(np.int32), int(content["cluster_size"])
+            return Permutation(old_to_new, size, coarser, offsets), str(content["codebook_fingerprint"])
     except Exception as error:  # zipfile, zlib and numpy raise many kinds for damaged files
         raise ValueError(f"{path} is not a permutation file ({error})") from error

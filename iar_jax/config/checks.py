@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from iar_jax.config.field import Field, leaves, table, type_name
-from iar_jax.config.fields import KINDS, SECTIONS, default_config
+from iar_jax.config.fields import KINDS, SECTIONS, UNEQUAL, default_config
 from iar_jax.runtime.errors import UserError
 
 
@@ -145,6 +145,17 @@ def _check_run(name: str, section: ConfigDict) -> None:
 
 
 def _check_training(config: ConfigDict) -> None:
+    if not 2 <= config.training.neighbour_count <= config.tokenizer.codebook_size:
+        raise UserError(
+            f"config.training.neighbour_count is {config.training.neighbour_count}; a code has 2 to "
+            f"{config.tokenizer.codebook_size} near ones, itself among them"
+        )
+    lookahead = config.training.lookahead_weight or config.training.regression_weight
+    if lookahead and config.model.num_layers < 2:
+        raise UserError(
+            "config.training.lookahead_weight and regression_weight are of states inside of the network; "
+            "config.model.num_layers is 1: 2 at least"
+        )
     if config.training.batch_size % config.training.accumulation:
         raise UserError(
             f"config.training.accumulation is {config.training.accumulation}, which does not divide "
@@ -177,6 +188,17 @@ def _check_sampling(config: ConfigDict) -> None:
 
 def _check_levels(config: ConfigDict, codebook_size: int) -> None:
     sizes, training = tuple(config.codebook.cluster_sizes), config.training
+    if config.codebook.assignment == UNEQUAL:
+        if len(sizes) > 1:
+            raise UserError(
+                f"config.codebook.assignment is {UNEQUAL!r}, whose clusters are one level; config.codebook."
+                f"cluster_sizes is {sizes}: give the mean size alone, such as ({sizes[0]},)"
+            )
+        if training.label_smoothing:
+            raise UserError(
+                f"config.training.label_smoothing is {training.label_smoothing:g}, which is of equal clusters; config."
+                f"codebook.assignment is {UNEQUAL!r}: leave one of them"
+            )
     for finer, coarser in itertools.pairwise(sizes):
         if coarser % finer or coarser == finer:
             raise UserError(

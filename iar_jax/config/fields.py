@@ -29,6 +29,9 @@ SEED = Integers(0, largest=2**32 - 1)
 WEIGHT = Numbers()
 DEVICES = Integers(1, also=(-1,))
 
+# config.codebook.assignment: the one whose clusters are unequal.
+UNEQUAL = "average_linkage"
+
 # The kinds of generators.
 KINDS = "iar_jax.generators.generator:KINDS"
 
@@ -219,8 +222,13 @@ SECTIONS: dict[str, Any] = {
         "assignment": Field(
             "optimal",
             "greedy: the paper's algorithm; optimal: annealing, then exact assignments; random: no clusters at all, "
-            "the control of a study.",
-            Choices("iar_jax.codebook.balanced_kmeans:ASSIGNMENTS"),
+            "the control of a study; average_linkage: unequal clusters, as many of them (arXiv 2510.04220).",
+            Choices("iar_jax.codebook.balanced_kmeans:ASSIGNMENTS", also=(UNEQUAL,)),
+        ),
+        "points": Field(
+            "codes",
+            "What codes are clustered by: codes, their unit vectors; pixels, what each paints among codes like itself.",
+            Choices(also=("codes", "pixels")),
         ),
         "max_iterations": Field(100, "Of k-means.", COUNT),
         "num_restarts": Field(1, "Runs of k-means from other seeds, of which the best is taken.", COUNT),

@@ -213,6 +213,8 @@ def permutation_fingerprint(permutation: Permutation) -> str:
     arrays = {"old_to_new": permutation.old_to_new, "cluster_size": np.asarray(permutation.cluster_size)}
     if permutation.coarser_sizes:
         arrays["coarser_sizes"] = np.asarray(permutation.coarser_sizes)
+    if permutation.offsets:
+        arrays["offsets"] = np.asarray(permutation.offsets)
     return fingerprint_arrays(arrays)
 
 

@@ -180,12 +180,14 @@ def codebook_figures(
         report.codebook_map(
             np.asarray(normalize(tokenizer.params["quantizer"]["codebook"])),
             permutation.cluster_of_old,
-            f"{codes} unit code vectors, one colour for each of {codes // permutation.cluster_size} clusters of "
-            f"{permutation.cluster_size}.",
+            f"{codes} unit code vectors, one colour for each cluster: {permutation.said()}.",
         )
     ]
     if usage is not None:
-        caption = f"{np.mean(usage > 0):.1%} of {len(usage)} codes are used on the validation images."
+        caption = (
+            f"{np.mean(usage > 0):.1%} of {len(usage)} codes are used on the validation images; the cluster of a code "
+            f"that is used has {permutation.usage_weighted_size(usage):.1f} codes on the mean."
+        )
         found.insert(0, report.usage_histogram(usage, caption))
     return found
 

@@ -415,7 +415,7 @@ def test_two_levels_of_clusters_are_a_value_in_the_config(finished, tmp_path):
     # λ for each level of the codebook that is there.
     one = call("train", tmp_path / "other", *TINY, *inputs, f"--config.inputs.codebook={tmp_path / 'run' / 'codebook'}",
                check=False)  # fmt: skip
-    assert "the codebook has clusters of (4, 16): give one weight for each size" in one.stderr
+    assert "the codebook has 2 levels of clusters: give one weight for each" in one.stderr
     assert one.returncode == 2
 
 
