@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from tests.bucket.server import Bucket
 from tests.faults import damage, kills, processes, runs, store
-from tests.faults.workdirs import MASKED, STAGES, InBucket, OnDisk, Outcome, masked_reference
+from tests.faults.workdirs import OTHERS, STAGES, InBucket, OnDisk, Outcome, reference_with
 
 LONG = ("train_tokenizer", "extract_codes", "train", "sample", "evaluate")
 
@@ -27,7 +27,8 @@ def all_faults(
     """Every fault, those of a bucket where one is given."""
     rng = random.Random(seed)
     yield from on_a_disk(reference, scratch, rng)
-    yield from of_a_masked_generator(masked_reference(reference, scratch / "masked"), scratch, rng)
+    for name, options in OTHERS.items():
+        yield from of_another_training(name, reference_with(options, reference, scratch / name), scratch, rng)
     if bucket is not None:
         yield from in_a_bucket(reference, bucket, rng)
 
@@ -131,25 +132,28 @@ def on_a_disk(reference: pathlib.Path, scratch: pathlib.Path, rng: random.Random
     yield Fault("train: gradients in parts for a while", lambda path: runs.other_parts(reference, path))
 
 
-def of_a_masked_generator(reference: pathlib.Path, scratch: pathlib.Path, rng: random.Random) -> Iterator[Fault]:
+def of_another_training(
+    name: str, reference: pathlib.Path, scratch: pathlib.Path, rng: random.Random
+) -> Iterator[Fault]:
     """The stages that run it, disturbed."""
+    options = OTHERS[name]
 
-    def masked(function, *arguments):
-        return lambda path: function(reference, OnDisk(path / "run", MASKED), *arguments)
+    def other(function, *arguments):
+        return lambda path: function(reference, OnDisk(path / "run", options), *arguments)
 
     for stage in ("train", "sample"):
-        count_in = scratch / f"masked-renames-{stage}"
-        total = kills.renames(reference, OnDisk(scratch / f"masked-count-{stage}", MASKED), stage, count_in)
+        count_in = scratch / f"{name}-renames-{stage}"
+        total = kills.renames(reference, OnDisk(scratch / f"{name}-count-{stage}", options), stage, count_in)
         for number in sorted(rng.sample(range(total), min(3, total))):
             moment = rng.choice(("before", "after"))
-            title = f"masked {stage}: SIGKILL {moment} rename {number + 1} of {total}"
-            yield Fault(title, masked(kills.at_a_rename, stage, number, moment))
-        yield Fault(f"masked {stage}: SIGTERM", masked(kills.by_a_signal, stage, signal.SIGTERM))
+            title = f"{name} {stage}: SIGKILL {moment} rename {number + 1} of {total}"
+            yield Fault(title, other(kills.at_a_rename, stage, number, moment))
+        yield Fault(f"{name} {stage}: SIGTERM", other(kills.by_a_signal, stage, signal.SIGTERM))
     for _ in range(3):
         step, delay = rng.randrange(1, 24), rng.random() * 0.2
-        title = f"masked train: SIGKILL {delay * 1000:.0f} ms after step {step}"
-        yield Fault(title, masked(kills.in_a_step, "train", step, delay))
-    yield Fault("masked train: another mesh for a while", lambda path: runs.other_devices(reference, path, MASKED))
+        title = f"{name} train: SIGKILL {delay * 1000:.0f} ms after step {step}"
+        yield Fault(title, other(kills.in_a_step, "train", step, delay))
+    yield Fault(f"{name} train: another mesh for a while", lambda path: runs.other_devices(reference, path, options))
 
 
 def in_a_bucket(reference: pathlib.Path, bucket: tuple[Bucket, dict[str, str]], rng: random.Random) -> Iterator[Fault]:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.bucket.server import serving
 from tests.faults import damage, kills, runs, store
-from tests.faults.workdirs import MASKED, OPTIONS, InBucket, NotTried, OnDisk, masked_reference
+from tests.faults.workdirs import OPTIONS, OTHERS, InBucket, NotTried, OnDisk, reference_with
 from tests.stages import call
 
 
@@ -55,10 +55,11 @@ def test_a_flipped_bit_in_the_latest_checkpoint(reference, workdir):
 
 
 @pytest.mark.slow
-def test_a_masked_generator_in_another_mesh_for_a_while_and_killed(reference, tmp_path):
-    own = masked_reference(reference, tmp_path / "masked")
-    assert_survived(runs.other_devices(own, tmp_path, MASKED))
-    assert_survived(kills.in_a_step(own, OnDisk(tmp_path / "killed", MASKED), "train", 13, 0.05))
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_training_in_another_mesh_for_a_while_and_killed(reference, tmp_path, name):
+    own = reference_with(OTHERS[name], reference, tmp_path / name)
+    assert_survived(runs.other_devices(own, tmp_path, OTHERS[name]))
+    assert_survived(kills.in_a_step(own, OnDisk(tmp_path / "killed", OTHERS[name]), "train", 13, 0.05))
 
 
 @pytest.mark.slow

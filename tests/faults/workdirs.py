@@ -33,8 +33,15 @@ OPTIONS = [
 ]
 
 
-# Of a masked generator in the place of the other one: 64 positions are set in 5 steps.
+# Other trainings in the place of the plain one. 64 positions of a masked generator are set in 5 steps.
 MASKED = ("--config.model.kind=masked", "--config.sampling.mask_steps=5")
+VARIANTS = (
+    "--config.training.neighbour_weight=0.3",
+    "--config.training.context_noise=1.0",
+    "--config.training.regression_weight=1.0",
+    "--config.training.lookahead_weight=2.0",
+)
+OTHERS = {"masked": MASKED, "variants": VARIANTS}
 
 
 class NotTried(Exception):
@@ -140,10 +147,10 @@ def before(workdir: Workdir, reference: pathlib.Path, stage: str) -> Workdir:
     return workdir
 
 
-def masked_reference(reference: pathlib.Path, path: pathlib.Path) -> pathlib.Path:
-    """An undisturbed run of a masked generator, from the codes of another run."""
+def reference_with(options: tuple[str, ...], reference: pathlib.Path, path: pathlib.Path) -> pathlib.Path:
+    """An undisturbed run with other options of its training, from the codes of another run."""
     if not path.exists():
-        workdir = before(OnDisk(path, MASKED), reference, "train")
+        workdir = before(OnDisk(path, options), reference, "train")
         for name in (*STAGES["sample"], *STAGES["evaluate"]):
             workdir.remove(name)
         run("pipeline", workdir)
