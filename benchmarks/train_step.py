@@ -11,7 +11,6 @@ a tenth of the time: GLIBC_TUNABLES=glibc.malloc.hugetlb=1, which launch/demo.sh
 """
 
 import argparse
-import functools
 import runpy
 import statistics
 import time
@@ -25,16 +24,17 @@ import optax
 from ml_collections import ConfigDict
 
 from configs.imagenet import get_config
+from iar_jax import train
 from iar_jax.config.checks import grid_size
 from iar_jax.generators.code_layout import CodeLayout
-from iar_jax.generators.generator import Generator, build_generator
-from iar_jax.generators.settings import Facts, Objective
+from iar_jax.generators.generator import Generator
+from iar_jax.generators.settings import Facts, needs_vectors
 from iar_jax.losses.cluster_loss import cluster_loss
 from iar_jax.models.attention_blocks import attention_in_blocks
 from iar_jax.models.layers import swiglu_hidden_dim
+from iar_jax.models.quantizer import normalize
 from iar_jax.models.rope import apply_rope, rope_table
 from iar_jax.runtime import sharding
-from iar_jax.training import generator_steps
 from iar_jax.training.optimizer import optimizer_of
 from iar_jax.training.state import update_ema
 
@@ -68,19 +68,13 @@ class Problem(NamedTuple):
 def fresh_problem(config: ConfigDict, batch_size: int) -> Problem:
     """The problem of a config, whose pictures are not opened: its codes are drawn at random."""
     codebook_size, layout = config.tokenizer.codebook_size, CodeLayout.square(grid_size(config))
-    objective = Objective.of(config.training, tuple(config.codebook.cluster_sizes))
-    generator = build_generator(config.model, Facts(codebook_size, NUM_CLASSES, layout), objective)
-    optimizer = optimizer_of(config.training, generator.decays)
-    init = functools.partial(generator_steps.init_train_state, generator=generator, optimizer=optimizer)
-    state = jax.jit(lambda key: sharding.unbox(init(key)))(jax.random.key(0))
-    step = generator_steps.make_train_step(
-        generator,
-        optimizer,
-        cluster_weights=tuple(config.training.cluster_weights),
-        ema_decay=config.training.ema_decay,
-        key=jax.random.key(1),
-    )
     rng = np.random.default_rng(0)
+    vectors = np.asarray(normalize(rng.standard_normal((codebook_size, config.tokenizer.codebook_dim), np.float32)))
+    given = vectors if needs_vectors(config.training) else None
+    facts, mesh = Facts(codebook_size, NUM_CLASSES, layout), sharding.make_mesh(1, 1, 1)
+    generator, init, step = train.make_step(config, mesh, facts, tuple(config.codebook.cluster_sizes), given)
+    optimizer = optimizer_of(config.training, generator.decays)
+    state = jax.jit(lambda key: sharding.unbox(init(key)))(jax.random.key(0))
     batch = {
         "label": jnp.asarray(rng.integers(0, NUM_CLASSES, batch_size), jnp.int32),
         "codes": jnp.asarray(rng.integers(0, codebook_size, (batch_size, generator.layout.length)), jnp.int32),

@@ -29,6 +29,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import app, flags
 from jax.experimental import topologies
 from jax.sharding import Mesh
@@ -36,9 +37,11 @@ from ml_collections import ConfigDict, config_flags
 
 from iar_jax import train, train_tokenizer
 from iar_jax.config.checks import check_config, grid_size
+from iar_jax.config.fields import UNEQUAL
 from iar_jax.generators.code_layout import CodeLayout
 from iar_jax.generators.generator import KINDS, build_generator
-from iar_jax.generators.settings import Facts, SamplingSettings
+from iar_jax.generators.settings import Facts, SamplingSettings, needs_vectors
+from iar_jax.losses.cluster_loss import Clusters
 from iar_jax.models.tokenizer import build_tokenizer
 from iar_jax.runtime import checkpoint, sharding
 from iar_jax.runtime.chips import CHIPS, Chip
@@ -276,12 +279,26 @@ def facts_of(config: ConfigDict, num_classes: int) -> Facts:
     return Facts(config.tokenizer.codebook_size, num_classes, CodeLayout.square(grid_size(config)))
 
 
+def stand_in(config: ConfigDict) -> tuple[tuple[Clusters, ...], np.ndarray | None]:
+    """Clusters and, where the training asks for them, unit code vectors of a codebook that is not there: programs
+    depend on their shapes, and on how many unequal clusters there are."""
+    rng, size = np.random.default_rng(0), config.tokenizer.codebook_size
+    clusters: tuple[Clusters, ...] = tuple(config.codebook.cluster_sizes)
+    if config.codebook.assignment == UNEQUAL:
+        cuts = rng.choice(np.arange(1, size), size // config.codebook.cluster_sizes[0] - 1, replace=False)
+        clusters = ((0, *sorted(cuts.tolist()), size),)
+    if not needs_vectors(config.training):
+        return clusters, None
+    vectors = rng.standard_normal((size, config.tokenizer.codebook_dim)).astype(np.float32)
+    return clusters, vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
 def train_program(config: ConfigDict, mesh: Mesh, num_classes: int) -> Program:
     """The training of config.model."""
     section, rows = config.training, sharding.batch_sharding(mesh)
     sharding.check_batch_size(mesh, section.batch_size, "config.training.batch_size", section.accumulation)
     facts = facts_of(config, num_classes)
-    generator, init, step = train.make_step(config, mesh, facts, tuple(config.codebook.cluster_sizes))
+    generator, init, step = train.make_step(config, mesh, facts, *stand_in(config))
     batch = {
         "label": jax.ShapeDtypeStruct((section.batch_size,), jnp.int32, sharding=rows),
         "codes": jax.ShapeDtypeStruct((section.batch_size, generator.layout.length), jnp.int32, sharding=rows),

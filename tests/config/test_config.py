@@ -83,12 +83,42 @@ def test_a_folder_with_a_comma_keeps_its_name():
         ("data.resolution", 33, "the tokenizer turns 16 x 16 pixels into a code"),
         ("data.resolution", 16, "a single code of the tokenizer; 32 at least"),
         ("training.learning_rate", float("nan"), "learning_rate is nan"),
+        ("training.neighbour_count", 1, "neighbour_count is 1; a code has 2 to 16384 near ones, itself among them"),
+        ("training.context_noise", 1.5, r"context_noise is 1.5; allowed are numbers in \[0, 1\]"),
+        ("training.context_noise_draw", "near", "allowed are 'uniform', 'cluster', 'neighbours'"),
+        ("codebook.points", "lpips", "codebook.points is 'lpips'; allowed are 'codes', 'pixels'"),
+        ("codebook.assignment", "average", "allowed are 'average_linkage', 'greedy', 'optimal', 'random'"),
     ],
 )
 def test_impossible_values_name_the_field_the_value_and_what_is_allowed(field, value, message):
     config = default_config()
     section, name = field.split(".")
     config[section][name] = value
+    with pytest.raises(UserError, match=message):
+        check_config(config)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"codebook.assignment": "average_linkage", "codebook.cluster_sizes": (8, 64)},
+            r"whose clusters are one level; config.codebook.cluster_sizes is \(8, 64\): give the mean",
+        ),
+        (
+            {"codebook.assignment": "average_linkage", "training.label_smoothing": 0.1},
+            "label_smoothing is 0.1, which is of equal clusters",
+        ),
+        ({"model.kind": "masked", "training.lookahead_weight": 2.0}, "lookahead_weight is 2, which holds an autoregr"),
+        ({"model.kind": "masked", "training.regression_weight": 0.5}, "regression_weight is 0.5, which holds an autor"),
+        ({"model.num_layers": 1, "training.lookahead_weight": 2.0}, "config.model.num_layers is 1: 2 at least"),
+    ],
+)
+def test_variants_that_exclude_each_other_are_refused_with_the_reason(fields, message):
+    config = default_config()
+    for field, value in fields.items():
+        section, name = field.split(".")
+        config[section][name] = value
     with pytest.raises(UserError, match=message):
         check_config(config)
 
