@@ -109,8 +109,12 @@ def without_grid(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def seconds_of(arm: Arm, own: Results, workdir: epath.Path) -> float:
-    """Of training and measuring, with the runs that tuned."""
-    return sum(r["training_seconds"] + r["measuring_seconds"] for r in own.values()) + make.tuning_seconds(arm, workdir)
+    """Of training and measuring, with the runs that tuned; a twin has none of its own."""
+    try:
+        tuning = make.tuned(arm, workdir).seconds
+    except make.Unfinished:
+        tuning = 0.0
+    return tuning + sum(r["training_seconds"] + r["measuring_seconds"] for r in own.values())
 
 
 def chosen(arm: Arm, workdir: epath.Path) -> dict[str, Any] | None:

@@ -38,12 +38,14 @@ class Tuned(NamedTuple):
     Attributes:
         rates: (learning rate, seed, last value of the criterion); empty where it is fixed.
         guidance: (cfg_scale, Fréchet distance); empty where it is fixed.
+        seconds: that the tuning runs, and the samples of them, took.
     """
 
     learning_rate: float
     cfg_scale: float
     rates: tuple[tuple[float, int, float], ...] = ()
     guidance: tuple[tuple[float, float], ...] = ()
+    seconds: float = 0.0
 
     def at_edge(self) -> bool:
         """Whether the best rate is the first or the last of several: a better one may lie beyond."""
@@ -211,7 +213,7 @@ def guidance_directory(arm: Arm, workdir: epath.Path) -> epath.Path:
 
 def measure_guidance(arm: Arm, workdir: epath.Path) -> None:
     run = guided_run(arm, workdir)
-    config, place = config_of(run, workdir), workdir / "runs" / run.place
+    config, place, start = config_of(run, workdir), workdir / "runs" / run.place, time.monotonic()
     config.sampling.num_images = config.study.cfg_images
     judge = judging.judge_of(arm.config, judge_directory(arm.config, workdir))
     found = []
@@ -220,7 +222,8 @@ def measure_guidance(arm: Arm, workdir: epath.Path) -> None:
         samples, _ = sampled(config, place, judge)
         found.append((scale, judging.frechet_distance(judge, samples)))
         say(f"guidance {scale:g}: Fréchet distance {found[-1][1]:.3f}")
-    keep(guidance_directory(arm, workdir), relevant(config, MEASURED), place, {"guidance": found})
+    figures = {"guidance": found, "seconds": time.monotonic() - start}
+    keep(guidance_directory(arm, workdir), relevant(config, MEASURED), place, figures)
 
 
 def tuned(arm: Arm, workdir: epath.Path) -> Tuned:
@@ -230,19 +233,15 @@ def tuned(arm: Arm, workdir: epath.Path) -> Tuned:
         Unfinished: one of them is not there.
     """
     rate, rates = tuned_rate(arm, workdir)
+    trainings = [artifacts.require(workdir / "runs" / run.place / "train", "train") for run in tuning_runs(arm)]
+    seconds = sum(training.figures["seconds"] for training in trainings)
     if len(arm.config.study.cfg_scales) < 2:
-        return Tuned(rate, float(arm.config.sampling.cfg_scale), tuple(rates))
+        return Tuned(rate, float(arm.config.sampling.cfg_scale), tuple(rates), seconds=seconds)
     found = artifact_of(guidance_directory(arm, workdir))
     if found is None:
         raise Unfinished(f"the guidance of {arm.name} is not chosen; --run={arm.name}/guidance does that")
     guidance = tuple((scale, distance) for scale, distance in found.figures["guidance"])
-    return Tuned(rate, lowest(guidance), tuple(rates), guidance)
-
-
-def tuning_seconds(arm: Arm, workdir: epath.Path) -> float:
-    """What the finished tuning runs of an arm took."""
-    found = [artifacts.read_metadata(workdir / "runs" / run.place / "train") for run in tuning_runs(arm)]
-    return sum(metadata.figures["seconds"] for metadata in found if metadata is not None and metadata.finished)
+    return Tuned(rate, lowest(guidance), tuple(rates), guidance, seconds + found.figures.get("seconds", 0.0))
 
 
 def make_run(run: Run, workdir: epath.Path) -> None:
