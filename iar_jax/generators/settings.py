@@ -127,11 +127,17 @@ class Objective:
         cluster_sizes: tuple[Clusters, ...],
         vectors: Float[Array | np.ndarray, "N d"] | None = None,
     ) -> "Objective":
-        """What config.training says, of a codebook with these clusters and, where it `needs_vectors`, these vectors."""
+        """What config.training says, of a codebook with these clusters and, where it `needs_vectors`, these vectors.
+
+        Raises:
+            ValueError: it needs vectors, and there are none.
+        """
+        if vectors is None and needs_vectors(section):
+            raise ValueError("config.training asks for the tokenizer's code vectors, and none are given")
         given = ("cluster_sizes", "vectors", "neighbours")
         names = [field.name for field in dataclasses.fields(cls) if field.name not in given]
         neighbours = None
-        if needs_neighbours(section) and vectors is not None:
+        if vectors is not None and needs_neighbours(section):
             found = near_codes(vectors, section["neighbour_count"], section["neighbour_temperature"])
             neighbours = Neighbours(*found)
         kept = None if vectors is None else np.asarray(vectors, np.float32)
