@@ -1,6 +1,7 @@
 """LlamaGen's transformer as a generator: what stages ask of it, by the contract of `generators/generator.py`."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -97,11 +98,10 @@ class Autoregressive:
         teacher: Any = None,
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         objective = self.objective
-        if not (objective.regression_weight or objective.lookahead_weight):
-            hidden = self._hidden(params, batch, {"dropout": key})
-            loss, losses = self._losses(params, hidden, batch["codes"], weights.clusters)
-            return loss, {name: jnp.mean(values) for name, values in losses.items()}
-        hidden, added, more = self._held(params, batch, key, weights, teacher)
+        if objective.regression_weight or objective.lookahead_weight:
+            hidden, added, more = self._held(params, batch, key, weights, teacher)
+        else:
+            hidden, added, more = self._hidden(params, batch, {"dropout": key}), 0.0, {}
         loss, losses = self._losses(params, hidden, batch["codes"], weights.clusters)
         return loss + added, {name: jnp.mean(values) for name, values in losses.items()} | more
 
@@ -131,18 +131,19 @@ class Autoregressive:
     def _held(self, params, batch, key, weights, teacher):
         """What the head is applied to, and the losses that hidden states are held to, added and by their names."""
         network, objective, heads = self.network, self.objective, params[AUXILIARY]
-        regression = auxiliary.layers_at(auxiliary.REGRESSION_DEPTH, network.num_layers)
-        lookahead = auxiliary.layers_at(auxiliary.LOOKAHEAD_DEPTH, network.num_layers)
-        depths = sorted({regression, lookahead})
+        layers = functools.partial(auxiliary.layers_at, num_layers=network.num_layers)
+        regression = layers(auxiliary.REGRESSION_DEPTH) if objective.regression_weight else 0
+        lookahead = layers(auxiliary.LOOKAHEAD_DEPTH) if objective.lookahead_weight else 0
+        depths = sorted({regression, lookahead} - {0})
         context = batch.get("context", batch["codes"])
         embedded, kept, hidden = auxiliary.states_at(network, params, batch["label"], context, depths, key)
         states, added, found = dict(zip(depths, kept, strict=True)), jnp.float32(0.0), {}
-        if objective.regression_weight:
+        if regression:
             value = auxiliary.regression_loss(
                 heads, embedded, states[regression], batch["codes"], objective.vectors, network.dtype
             )
             added, found["regression_loss"] = added + objective.regression_weight * value, value
-        if objective.lookahead_weight:
+        if lookahead:
             goal = auxiliary.teacher_states(network, teacher, batch["label"], batch["codes"], lookahead)
             value = auxiliary.lookahead_loss(heads, states[lookahead], goal, network.grid_size, network.dtype)
             added, found["lookahead_loss"] = added + weights.lookahead * value, value
