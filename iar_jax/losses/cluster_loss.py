@@ -8,7 +8,7 @@ the target's cluster,
 
 cluster_loss is −log of the probability of the target's whole cluster, and 0 ≤ cluster_loss ≤ token_loss; a coarser
 level's is never above a finer one's. One level is the paper's loss. Clusters of unequal sizes are one level by their
-offsets (`losses.ragged`), and a little of the target can go to codes near it (`losses.neighbours`).
+offsets (`losses.clusters`), and a little of the target can go to codes near it (`losses.neighbours`).
 
 `cluster_loss` is what trains: the head and the losses at once, without ever holding the logits of a whole batch.
 Positions are taken a chunk at a time. Where gradients are wanted, each chunk's are made while its logits are at hand:
@@ -31,9 +31,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from iar_jax.losses.clusters import check_offsets, nested_clusters, ragged_clusters
+from iar_jax.losses.codes_part import CodesPart
 from iar_jax.losses.label_smoothing import smoothing_term
 from iar_jax.losses.neighbours import Neighbours, expected_logits
-from iar_jax.losses.ragged import check_offsets, ragged_level
 
 BATCH_AXES, WIDTH_AXIS, VOCAB_AXIS = ("data", "fsdp"), "fsdp", "tensor"
 
@@ -260,36 +261,29 @@ def _chunked(inputs, targets, weights, scale, *, static, num_positions, with_gra
 
     # Codes lead on TPUs: clusters are then whole rows of a tile, not parts of one. CPUs want them contiguous.
     order = "VP" if _is_on_tpu() else "PV"
-    axis, columns = order.index("V"), head.astype(hidden.dtype)
+    columns, device_axis = head.astype(hidden.dtype), VOCAB_AXIS if sharded else None
     first = jax.lax.axis_index(VOCAB_AXIS) * head.shape[1] if sharded else 0
+    part = CodesPart(order.index("V"), device_axis, first)
 
     def one(totals, chunk):
         rows, wanted, counts, other = chunk
         logits = jnp.einsum(f"PD,DV->{order}", rows, columns, preferred_element_type=jnp.float32)
         if bias is not None:
-            logits += jnp.expand_dims(bias, 1 - axis)
-        losses, dlogits, dother = _losses_and_gradient(
-            logits, other, wanted, targets.neighbours, weights, static, first, sharded, axis
-        )
+            logits += jnp.expand_dims(bias, 1 - part.axis)
+        losses, dlogits, dother = _losses_and_gradient(logits, other, wanted, targets.neighbours, weights, static, part)
         smoothing = None
         if static.label_smoothing:
             smoothing, more = smoothing_term(
-                logits,
-                wanted - first,
-                weights,
-                static.sizes,
-                static.label_smoothing,
-                axis,
-                VOCAB_AXIS if sharded else None,
+                logits, wanted - first, weights, static.sizes, static.label_smoothing, part
             )
             dlogits += more
         if not with_gradients:
             return totals, (losses, smoothing, None, None)
         shares = 1.0 / num_positions if counts is None else counts
-        dlogits = dlogits / num_positions if counts is None else dlogits * jnp.expand_dims(counts, axis)
+        dlogits = dlogits / num_positions if counts is None else dlogits * part.each(counts)
         dhead, dbias = totals
         if bias is not None:
-            dbias += jnp.sum(dlogits, axis=1 - axis)
+            dbias += jnp.sum(dlogits, axis=1 - part.axis)
         dlogits = dlogits.astype(hidden.dtype)
         dhead += jnp.einsum(f"PD,{order}->DV", rows, dlogits, preferred_element_type=jnp.float32)
         dhidden = jnp.einsum(f"{order},DV->PD", dlogits, columns, preferred_element_type=jnp.float32)
@@ -317,103 +311,48 @@ def _is_on_tpu() -> bool:
     return bool(mesh.abstract_device) and mesh.abstract_device.platform == "tpu"
 
 
-def _losses_and_gradient(logits, other, wanted, neighbours, weights, static, first, sharded, axis):
+def _losses_and_gradient(logits, other, wanted, neighbours, weights, static, part):
     """Losses of one chunk and the gradients of their weighted sum by its logits, and by `other`.
 
     Args:
-        logits: float32, positions [P] by this device's codes [V], which are its axis `axis`.
+        logits: float32, positions [P] by this device's codes [V].
         other: [P], of the class that is no code; None where there is none.
         wanted: [P], the targets' ids.
-        first: the id of the device's first code.
+        part: how the logits lie, and which codes they are of.
     """
-    sizes, targets = static.sizes, wanted - first  # outside [0, V) where the target is on another device
-    is_ragged = isinstance(sizes[0], tuple)
-    everywhere = functools.partial(jax.lax.psum, axis_name=VOCAB_AXIS) if sharded else lambda x: x
-    num_codes = logits.shape[axis]
-    here = (targets >= 0) & (targets < num_codes)
-
-    def each(positions):
-        return jnp.expand_dims(positions, axis)
-
-    def places(values):
-        return jax.lax.broadcasted_iota(jnp.int32, values.shape, axis)
-
-    def in_groups(values, size):
-        return values.reshape(*values.shape[:axis], -1, size, *values.shape[axis + 1 :])
-
-    def taken(values, group, size):
-        """Of the codes in groups of `size`, the group of each position; zeros where it is not there."""
-        grouped = in_groups(values, size)
-        wanted = jax.lax.broadcasted_iota(jnp.int32, grouped.shape, axis) == jnp.expand_dims(each(group), axis)
-        return jnp.sum(jnp.where(wanted, grouped, 0.0), axis=axis)
-
-    def is_first_highest(values, place, wanted):
-        """1 where no value is above the wanted one, nor equal to it at a lower place, else 0."""
-        # Comparisons and a sum: an argmax is ten times slower on CPUs, and here would need to know its device.
-        ahead = (values > each(wanted)) | ((values == each(wanted)) & (places(values) < each(place)))
-        return (everywhere(jnp.sum(ahead, axis=axis)) == 0).astype(jnp.float32)
-
-    highest = jnp.max(logits, axis=axis)
-    if sharded:
-        highest = jax.lax.pmax(highest, VOCAB_AXIS)
+    targets, each = wanted - part.first, part.each  # outside [0, V) where the target is on another device
+    highest = part.highest(jnp.max(logits, axis=part.axis))
     if other is not None:
         highest = jnp.maximum(highest, other)
-    powers = jnp.exp(logits - each(highest))
-    sums = [powers]
-    for finer, size in [] if is_ragged else itertools.pairwise((1, *sizes)):
-        # A coarser cluster's sum is that of the finer ones in it.
-        sums.append(jnp.sum(in_groups(sums[-1], size // finer), axis=axis + 1))
-    total = everywhere(jnp.sum(sums[-1] if is_ragged else sums[1], axis=axis))
-    if other is not None:
-        total += jnp.exp(other - highest)
-    lse = highest + jnp.log(total)
-
-    cluster_hits = []
-    if is_ragged:
-        level = ragged_level(logits, powers, wanted, sizes[0], first, axis, VOCAB_AXIS if sharded else None)
-        cluster_lse = own_lse = [level.own_lse]
-        target_logit = everywhere(jnp.sum(jnp.where(places(logits) == each(targets), logits, 0.0), axis=axis))
-        best = jnp.max(level.sums, axis=axis)
-        hit = (level.clusters == jnp.argmax(level.sums, axis=axis)).astype(jnp.float32)
-        cluster_hits.append(hit if other is None else jnp.where(best >= jnp.exp(other - highest), hit, 0.0))
+    powers, others_power = jnp.exp(logits - each(highest)), None if other is None else jnp.exp(other - highest)
+    if isinstance(static.sizes[0], tuple):
+        found = ragged_clusters(logits, powers, others_power, wanted, static.sizes[0], part)
     else:
-        # The target's coarsest cluster by itself, and the finer ones in it: their sums can be too small beside the
-        # highest logit of all.
-        own, within = taken(logits, targets // sizes[-1], sizes[-1]), targets % sizes[-1]
-        own_lse = [jax.nn.logsumexp(taken(own, within // size, size), axis=axis) for size in sizes]
-        target_logit = jnp.squeeze(taken(own, within, 1), axis)
-        cluster_lse = [everywhere(jnp.where(here, x, 0.0)) for x in own_lse]
-        target_logit = everywhere(jnp.where(here, target_logit, 0.0))
-        for size, values in zip(sizes, sums[1:], strict=True):
-            own_sum = everywhere(jnp.where(here, jnp.squeeze(taken(values, targets // size, 1), axis), 0.0))
-            hit = is_first_highest(values, targets // size, own_sum)
-            cluster_hits.append(hit if other is None else jnp.where(own_sum >= jnp.exp(other - highest), hit, 0.0))
-    token_hit = is_first_highest(logits, targets, target_logit)
+        found = nested_clusters(logits, powers, others_power, targets, static.sizes, part)
+    lse = highest + jnp.log(found.total if other is None else found.total + others_power)
+    token_hit = part.is_first_highest(logits, targets, found.target_logit)
     losses = Losses(
-        token_loss=lse - target_logit,
-        token_hit=token_hit if other is None else jnp.where(target_logit >= other, token_hit, 0.0),
-        cluster_losses=tuple(lse - x for x in cluster_lse),
-        cluster_hits=tuple(cluster_hits),
+        token_loss=lse - found.target_logit,
+        token_hit=token_hit if other is None else jnp.where(found.target_logit >= other, token_hit, 0.0),
+        cluster_losses=tuple(lse - level.lse for level in found.levels),
+        cluster_hits=tuple(level.hit for level in found.levels),
     )
     # What the probability of every code counts in the gradient.
     whole = 1.0 + jnp.sum(weights)
     shares: Any = 0.0
     if neighbours is not None:
-        expected, shares = expected_logits(logits, neighbours, wanted, first, axis)
-        losses = losses._replace(neighbour_loss=lse - everywhere(expected))
+        expected, shares = expected_logits(logits, neighbours, wanted, part)
+        losses = losses._replace(neighbour_loss=lse - expected)
         whole, shares = whole + static.neighbour_weight, static.neighbour_weight * shares
     # One exponential a code: inside the target's cluster relative to the cluster's own lse, for its share of all can be
     # too small to divide by.
-    code, base, factor = places(logits), each(lse), whole
-    for i in reversed(range(len(sizes))):
-        if is_ragged:
-            inside = level.inside
-        else:
-            inside = code // sizes[i] == each(targets // sizes[i])
-        pulled = sum(weights[j] * jnp.exp(own_lse[i] - own_lse[j]) for j in range(i, len(sizes)))
-        share = whole * jnp.exp(own_lse[i] - lse) - pulled
-        base, factor = jnp.where(inside, each(own_lse[i]), base), jnp.where(inside, each(share), factor)
-    dlogits = jnp.exp(logits - base) * factor - (code == each(targets)) - shares
+    base, factor = each(lse), whole
+    for i in reversed(range(len(found.levels))):
+        own = found.levels[i]
+        pulled = sum(weights[j] * jnp.exp(own.lse - found.levels[j].lse) for j in range(i, len(found.levels)))
+        share = whole * jnp.exp(own.lse - lse) - pulled
+        base, factor = jnp.where(own.inside, each(own.lse), base), jnp.where(own.inside, each(share), factor)
+    dlogits = jnp.exp(logits - base) * factor - (part.places(logits) == each(targets)) - shares
     return losses, dlogits, None if other is None else whole * jnp.exp(other - lse)
 
 

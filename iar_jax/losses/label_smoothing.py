@@ -1,11 +1,12 @@
 """Label smoothing of the token loss and of every level's, for `losses.cluster_loss`."""
 
-import functools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from iar_jax.losses.codes_part import CodesPart
 
 
 def smoothing_term(
@@ -14,22 +15,19 @@ def smoothing_term(
     weights: Float[Array, " levels"],
     sizes: Sequence[int],
     epsilon: float,
-    axis: int,
-    device_axis: str | None,
+    part: CodesPart,
 ) -> tuple[Float[Array, " P"], Float[Array, "A B"]]:
     """What label smoothing adds to the loss of each position, and to its gradient by the logits:
 
         ε (Y[y] − mean Y) + Σ λ ε (lse_c(y) − mean of lse_c over the level's clusters)
 
     Args:
-        logits: positions by this device's codes, which are the axis `axis`.
+        logits: positions by this device's codes.
         targets: ids counted from the device's first code: outside [0, V) where the target is on another device.
         weights, sizes: λ and cluster size of each level.
         epsilon: ε.
-        device_axis: of the mesh, along which the codes are split; None where they are not.
     """
-    devices = 1 if device_axis is None else jax.lax.psum(1, device_axis)
-    everywhere = functools.partial(jax.lax.psum, axis_name=device_axis) if device_axis else lambda x: x
+    axis, devices = part.axis, part.everywhere(1)
     num_codes = logits.shape[axis]
     code = jax.lax.broadcasted_iota(jnp.int32, logits.shape, axis)
     value, gradient = jnp.zeros(targets.shape), jnp.zeros(logits.shape)
@@ -43,7 +41,7 @@ def smoothing_term(
         own = jax.lax.broadcasted_iota(jnp.int32, cluster_lse.shape, axis) == jnp.expand_dims(targets // size, axis)
         own &= jnp.expand_dims((targets >= 0) & (targets < num_codes), axis)
         number = devices * num_codes // size
-        value += weight * everywhere(jnp.sum(jnp.where(own, cluster_lse, 0.0) - cluster_lse / number, axis=axis))
+        value += weight * part.everywhere(jnp.sum(jnp.where(own, cluster_lse, 0.0) - cluster_lse / number, axis=axis))
         inside = (code // size == jnp.expand_dims(targets // size, axis)).astype(jnp.float32)
         gradient += weight * (powers / sums).reshape(logits.shape) * (inside - 1.0 / number)
     return epsilon * value, epsilon * gradient

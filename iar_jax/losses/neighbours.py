@@ -10,10 +10,11 @@ nearly nothing beyond. `codebook.neighbours` makes the table.
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+
+from iar_jax.losses.codes_part import CodesPart
 
 
 class Neighbours(NamedTuple):
@@ -32,20 +33,18 @@ def expected_logits(
     logits: Float[Array, "A B"],
     neighbours: Neighbours,
     targets: Int[Array, " P"],
-    first: Int[Array, ""] | int,
-    axis: int,
+    part: CodesPart,
 ) -> tuple[Float[Array, " P"], Float[Array, "A B"]]:
-    """Σ_j w_j Y[n_j] of each position over the codes of this device, and w as a matrix like the logits.
+    """Σ_j w_j Y[n_j] of each position over all codes, and w of the codes here, as a matrix like the logits.
 
     Args:
-        logits: positions by codes, which are the axis `axis`.
+        logits: positions by codes.
         targets: ids of the positions' codes.
-        first: the id of the first code here.
     """
-    code = jax.lax.broadcasted_iota(jnp.int32, logits.shape, axis) + first
+    code, each = part.places(logits) + part.first, part.each
     ids, shares = jnp.asarray(neighbours.ids)[targets], jnp.asarray(neighbours.shares)[targets]
     matrix = jnp.zeros(logits.shape, jnp.float32)
     # Comparisons that are fused with what the loss does to every logit anyhow: TPUs scatter slowly.
     for j in range(ids.shape[1]):
-        matrix += jnp.where(code == jnp.expand_dims(ids[:, j], axis), jnp.expand_dims(shares[:, j], axis), 0.0)
-    return jnp.sum(matrix * logits, axis=axis), matrix
+        matrix += jnp.where(code == each(ids[:, j]), each(shares[:, j]), 0.0)
+    return part.everywhere(jnp.sum(matrix * logits, axis=part.axis)), matrix
