@@ -62,16 +62,17 @@ def expected(hidden, head, targets, other, offsets, weight, neighbours, alpha):
 
 
 def check(found, wanted, scale=1.0):
-    """To float32 rounding, which grows with the logits."""
+    """To float32 rounding, which grows with the logits: a loss is a difference of two numbers of their size, and a
+    probability near 1 is off by 1e-7 even where it leaves next to no gradient."""
     (loss, losses), grads = found
     expected_loss, expected_losses, expected_grads = wanted
-    np.testing.assert_allclose(loss, expected_loss, rtol=4e-6)
+    np.testing.assert_allclose(loss, expected_loss, rtol=4e-6, atol=1e-6 * max(1.0, scale))
     near = [] if losses.neighbour_loss is None else [losses.neighbour_loss]
     for ours, theirs in zip([losses.token_loss, *losses.cluster_losses, *near], expected_losses, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5 * max(1.0, 10 * scale))
     for ours, theirs in zip(grads, expected_grads, strict=False):
         theirs = theirs[..., 0] if theirs.shape[-1] == 1 else theirs
-        np.testing.assert_allclose(ours, theirs, atol=4e-6 * max(1.0, scale) * np.abs(theirs).max())
+        np.testing.assert_allclose(ours, theirs, atol=max(1.0, scale) * (4e-6 * np.abs(theirs).max() + 1e-7))
 
 
 @settings(deadline=None, max_examples=25)
