@@ -26,7 +26,9 @@ FORMATS = {
 def page(title: str, content: dict[str, Any], workdir: epath.Path) -> str:
     """The page of an answer; grids of samples are read from the workdir."""
     arms = {name: arm for name, arm in content["arms"].items() if arm["seeds"]}
-    cards = [(str(len(arms)), "arms"), (str(len(content["seeds"])), "seeds of each")]
+    counts = sorted({len(arm["seeds"]) for arm in arms.values() if "equal_to" not in arm}) or [0]
+    finished = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    cards = [(str(len(arms)), "arms"), (finished, f"of {len(content['seeds'])} seeds of each")]
     cards += [
         (f"{arm['steps_ratio']['mean']:.2f}", f"of the baseline's steps: {name}")
         for name, arm in arms.items()
