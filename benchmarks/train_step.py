@@ -28,15 +28,15 @@ from iar_jax import train
 from iar_jax.config.checks import grid_size
 from iar_jax.generators.code_layout import CodeLayout
 from iar_jax.generators.generator import Generator
-from iar_jax.generators.settings import Facts, needs_vectors
+from iar_jax.generators.settings import Facts
 from iar_jax.losses.cluster_loss import cluster_loss
 from iar_jax.models.attention_blocks import attention_in_blocks
 from iar_jax.models.layers import swiglu_hidden_dim
-from iar_jax.models.quantizer import normalize
 from iar_jax.models.rope import apply_rope, rope_table
 from iar_jax.runtime import sharding
 from iar_jax.training.optimizer import optimizer_of
 from iar_jax.training.state import update_ema
+from launch.stand_in import stand_in
 
 
 def seconds(function, *arguments, repeats: int, donates: bool = False) -> float:
@@ -68,13 +68,11 @@ class Problem(NamedTuple):
 def fresh_problem(config: ConfigDict, batch_size: int) -> Problem:
     """The problem of a config, whose pictures are not opened: its codes are drawn at random."""
     codebook_size, layout = config.tokenizer.codebook_size, CodeLayout.square(grid_size(config))
-    rng = np.random.default_rng(0)
-    vectors = np.asarray(normalize(rng.standard_normal((codebook_size, config.tokenizer.codebook_dim), np.float32)))
-    given = vectors if needs_vectors(config.training) else None
     facts, mesh = Facts(codebook_size, NUM_CLASSES, layout), sharding.make_mesh(1, 1, 1)
-    generator, init, step = train.make_step(config, mesh, facts, tuple(config.codebook.cluster_sizes), given)
+    generator, init, step = train.make_step(config, mesh, facts, *stand_in(config))
     optimizer = optimizer_of(config.training, generator.decays)
     state = jax.jit(lambda key: sharding.unbox(init(key)))(jax.random.key(0))
+    rng = np.random.default_rng(0)
     batch = {
         "label": jnp.asarray(rng.integers(0, NUM_CLASSES, batch_size), jnp.int32),
         "codes": jnp.asarray(rng.integers(0, codebook_size, (batch_size, generator.layout.length)), jnp.int32),

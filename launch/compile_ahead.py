@@ -29,7 +29,6 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import app, flags
 from jax.experimental import topologies
 from jax.sharding import Mesh
@@ -37,11 +36,9 @@ from ml_collections import ConfigDict, config_flags
 
 from iar_jax import train, train_tokenizer
 from iar_jax.config.checks import check_config, grid_size
-from iar_jax.config.fields import UNEQUAL
 from iar_jax.generators.code_layout import CodeLayout
 from iar_jax.generators.generator import KINDS, build_generator
-from iar_jax.generators.settings import Facts, SamplingSettings, needs_vectors
-from iar_jax.losses.cluster_loss import Clusters
+from iar_jax.generators.settings import Facts, SamplingSettings
 from iar_jax.models.tokenizer import build_tokenizer
 from iar_jax.runtime import checkpoint, sharding
 from iar_jax.runtime.chips import CHIPS, Chip
@@ -49,6 +46,7 @@ from iar_jax.runtime.errors import UserError
 from iar_jax.training.state import state_shardings
 from launch.compiled_cost import StepBound, Traffic, collective_traffic, step_bound
 from launch.expected_time import dump_flags, expected_time, kernel_schedules
+from launch.stand_in import stand_in
 
 config_flags.DEFINE_config_file("config", None, "Path of the config, with its argument after a colon.")
 flags.DEFINE_string("topology", None, "CHIP:SHAPE, as v5e:16x16, v5p:4x4x4 or h100:8 (h100:2x8 is two nodes).")
@@ -277,20 +275,6 @@ def state_program(section: ConfigDict, mesh: Mesh, init, step, batch: tuple, flo
 
 def facts_of(config: ConfigDict, num_classes: int) -> Facts:
     return Facts(config.tokenizer.codebook_size, num_classes, CodeLayout.square(grid_size(config)))
-
-
-def stand_in(config: ConfigDict) -> tuple[tuple[Clusters, ...], np.ndarray | None]:
-    """Clusters and, where the training asks for them, unit code vectors of a codebook that is not there: programs
-    depend on their shapes, and on how many unequal clusters there are."""
-    rng, size = np.random.default_rng(0), config.tokenizer.codebook_size
-    clusters: tuple[Clusters, ...] = tuple(config.codebook.cluster_sizes)
-    if config.codebook.assignment == UNEQUAL:
-        cuts = rng.choice(np.arange(1, size), size // config.codebook.cluster_sizes[0] - 1, replace=False)
-        clusters = ((0, *sorted(cuts.tolist()), size),)
-    if not needs_vectors(config.training):
-        return clusters, None
-    vectors = rng.standard_normal((size, config.tokenizer.codebook_dim)).astype(np.float32)
-    return clusters, vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 def train_program(config: ConfigDict, mesh: Mesh, num_classes: int) -> Program:

@@ -71,8 +71,9 @@ class Permutation:
     @property
     def bounds(self) -> Int[np.ndarray, " bounds"]:
         """First new ids of the finest level's clusters, and last N."""
-        equal = np.arange(0, len(self.old_to_new) + 1, self.cluster_size or 1, dtype=np.int32)
-        return np.asarray(self.offsets, np.int32) if self.offsets else equal
+        if self.offsets:
+            return np.asarray(self.offsets, np.int32)
+        return np.arange(0, len(self.old_to_new) + 1, self.cluster_size, dtype=np.int32)
 
     @property
     def new_to_old(self) -> Int[np.ndarray, " N"]:

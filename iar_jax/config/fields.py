@@ -228,7 +228,7 @@ SECTIONS: dict[str, Any] = {
         "points": Field(
             "codes",
             "What codes are clustered by: codes, their unit vectors; pixels, what each paints among codes like itself.",
-            Choices(also=("codes", "pixels")),
+            Choices("iar_jax.rearrange_codebook:POINTS"),
         ),
         "max_iterations": Field(100, "Of k-means.", COUNT),
         "num_restarts": Field(1, "Runs of k-means from other seeds, of which the best is taken.", COUNT),

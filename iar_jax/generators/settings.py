@@ -150,6 +150,11 @@ class Objective:
         return vocab_size if isinstance(clusters, tuple) else vocab_size // clusters
 
     @property
+    def holds_states(self) -> bool:
+        """Whether the loss asks for states inside of the network, and for heads on them."""
+        return self.regression_weight > 0.0 or self.lookahead_weight > 0.0
+
+    @property
     def soft(self) -> Neighbours | None:
         """The neighbours that the loss takes, where it does."""
         return self.neighbours if self.neighbour_weight else None

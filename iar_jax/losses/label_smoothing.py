@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -29,19 +28,19 @@ def smoothing_term(
     """
     axis, devices = part.axis, part.everywhere(1)
     num_codes = logits.shape[axis]
-    code = jax.lax.broadcasted_iota(jnp.int32, logits.shape, axis)
+    code = part.places(logits)
     value, gradient = jnp.zeros(targets.shape), jnp.zeros(logits.shape)
     for size, weight in [(1, 1.0), *zip(sizes, weights, strict=True)]:
-        grouped = logits.reshape(*logits.shape[:axis], -1, size, *logits.shape[axis + 1 :])
+        grouped = part.in_groups(logits, size)
         # Relative to each cluster's own highest: most are far below the highest of all.
         top = jnp.max(grouped, axis=axis + 1, keepdims=True)
         powers = jnp.exp(grouped - top)
         sums = jnp.sum(powers, axis=axis + 1, keepdims=True)
         cluster_lse = jnp.squeeze(top + jnp.log(sums), axis + 1)
-        own = jax.lax.broadcasted_iota(jnp.int32, cluster_lse.shape, axis) == jnp.expand_dims(targets // size, axis)
-        own &= jnp.expand_dims((targets >= 0) & (targets < num_codes), axis)
+        own = part.places(cluster_lse) == part.each(targets // size)
+        own &= part.each((targets >= 0) & (targets < num_codes))
         number = devices * num_codes // size
         value += weight * part.everywhere(jnp.sum(jnp.where(own, cluster_lse, 0.0) - cluster_lse / number, axis=axis))
-        inside = (code // size == jnp.expand_dims(targets // size, axis)).astype(jnp.float32)
+        inside = (code // size == part.each(targets // size)).astype(jnp.float32)
         gradient += weight * (powers / sums).reshape(logits.shape) * (inside - 1.0 / number)
     return epsilon * value, epsilon * gradient

@@ -232,9 +232,9 @@ def with_seed(config: ConfigDict, seed: int, learning_rate: float) -> ConfigDict
 def digest(config: ConfigDict, *sections: str) -> str:
     """Eight hexadecimal digits of all fields of some sections that matter to what is made. Fields at their defaults do
     not count, so that runs are found again where a later version has more of them."""
-    fields = [(n, field) for n, field in leaves(SECTIONS) if n.partition(".")[0] in sections and field.matters]
-    values = {name: value_of(config, f"config.{name}") for name, field in fields}
-    values = {name: values[name] for name, field in fields if values[name] != field.default}
+    fields = {n: field for n, field in leaves(SECTIONS) if n.partition(".")[0] in sections and field.matters}
+    found = {name: value_of(config, f"config.{name}") for name in fields}
+    values = {name: value for name, value in found.items() if value != fields[name].default}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 

@@ -71,7 +71,7 @@ class Autoregressive:
         attention_weights = (2.0 + 2.0 * share_of_heads) * network.dim**2
         layer = 2 * (attention_weights + 3 * network.dim * network.hidden_dim) * length + 2 * length**2 * network.dim
         a_picture = 3 * (network.num_layers * layer + 2 * network.dim * network.vocab_size * length)
-        if objective.regression_weight or objective.lookahead_weight:
+        if objective.holds_states:
             heads = jax.tree.leaves(jax.eval_shape(self.init, jax.random.key(0))[AUXILIARY])
             a_picture += 3 * 2 * sum(leaf.size for leaf in heads) * length
         if objective.lookahead_weight:
@@ -83,7 +83,7 @@ class Autoregressive:
         labels, codes = jnp.zeros((1,), jnp.int32), jnp.zeros((1, self.layout.length), jnp.int32)
         params = self.network.init(key, labels, codes)["params"]
         objective = self.objective
-        if not (objective.regression_weight or objective.lookahead_weight):
+        if not objective.holds_states:
             return params
         vector_dim = 0 if objective.vectors is None else objective.vectors.shape[1]
         wanted = (objective.regression_weight > 0.0, objective.lookahead_weight > 0.0)
@@ -98,7 +98,7 @@ class Autoregressive:
         teacher: Any = None,
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         objective = self.objective
-        if objective.regression_weight or objective.lookahead_weight:
+        if objective.holds_states:
             hidden, added, more = self._held(params, batch, key, weights, teacher)
         else:
             hidden, added, more = self._hidden(params, batch, {"dropout": key}), 0.0, {}
