@@ -4,8 +4,10 @@ import os
 
 # Convolutions and products of virtual devices share one pool of threads, and whatever follows one of them runs on its
 # thread: all-reduces that wait there for each other can fill the pool, and nobody is left to compute what they wait
-# for. Without the pool each device computes on its own thread. Child processes inherit this.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
+# for. Without the pool each device computes on its own thread. And to optimise the machine code of programs as small as
+# these takes longer than to run what is not optimised. Child processes inherit both.
+FLAGS = "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + f" {FLAGS}"
 
 # Stages that tests start again and again compile the same programs: they are kept here.
 CACHE = os.path.join(os.path.dirname(__file__), "..", ".pytest_cache", "compiled")

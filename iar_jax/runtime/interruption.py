@@ -43,6 +43,9 @@ def catch_stop_signals() -> Iterator[StopRequest]:
     """Turns the first SIGINT or SIGTERM into a request that the loop looks at; the second acts at once.
 
     With several processes SIGTERM is left to JAX, which tells all of them (`distributed.asked_to_stop`).
+
+    Raises:
+        Interrupted: at the end, where a stop was asked for and the loop did not look again.
     """
     request = StopRequest()
     before: dict[signal.Signals, Any] = {}
@@ -59,3 +62,5 @@ def catch_stop_signals() -> Iterator[StopRequest]:
     finally:
         for name, handler in before.items():
             signal.signal(name, handler)
+    if request.signal_number is not None and not distributed.joined():
+        raise Interrupted("stopped; run the same command to go on", request.signal_number)
