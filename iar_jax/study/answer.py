@@ -72,6 +72,7 @@ def told(plan: Plan, arm: Arm, results: dict[str, Results], workdir: epath.Path)
     twin = twin_of(plan, arm)
     content: dict[str, Any] = {
         "overrides": list(arm.overrides),
+        "trained_as": arm.trained_as,
         "seeds": sorted(own),
         "chosen": chosen(twin or arm, workdir),
         "seconds": seconds_of(arm, own, workdir),
@@ -93,7 +94,7 @@ def told(plan: Plan, arm: Arm, results: dict[str, Results], workdir: epath.Path)
     if twin is not None:
         difference = largest_difference(own, results[twin.name])
         content["equal_to"] = {"arm": twin.name, "largest_difference": difference}
-    elif others and arm.name != plan.baselines[arm.group]:
+    elif others and arm.trained_as != plan.baselines[arm.group]:
         content["steps_ratio"] = ratio(own, others, criterion)
     return content
 
@@ -109,12 +110,13 @@ def without_grid(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def seconds_of(arm: Arm, own: Results, workdir: epath.Path) -> float:
-    """Of training and measuring, with the runs that tuned; a twin has none of its own."""
+    """Of training and measuring, with the runs that tuned; what another arm trained is that one's."""
     try:
         tuning = make.tuned(arm, workdir).seconds
     except make.Unfinished:
         tuning = 0.0
-    return tuning + sum(r["training_seconds"] + r["measuring_seconds"] for r in own.values())
+    training = sum(result["training_seconds"] for result in own.values()) if arm.trained_as == arm.name else 0.0
+    return tuning + training + sum(result["measuring_seconds"] for result in own.values())
 
 
 def chosen(arm: Arm, workdir: epath.Path) -> dict[str, Any] | None:
@@ -237,11 +239,13 @@ def verdict(arm: dict[str, Any], criterion: str) -> str:
         if difference < ROUNDING:
             return f"ends as {other} does, to {difference:.0e} (to the last bit only on the same number of cores)"
         return f"DIFFERS from {other}, which trains the same, by {difference:.1%}"
-    found, what = arm["steps_ratio"], criterion.replace("_", " ")
+    found, of = arm["steps_ratio"], f"of the baseline's steps to its last {criterion.replace('_', ' ')}"
+    if found is None and (found := arm["scores"]["frechet_distance"].get("difference")) is not None:
+        of = "to the Fréchet distance of the baseline's samples"
     if found is None:
         return "the baseline"
     if found["low"] is None:
-        return f"{found['mean']:.2f} of the baseline's steps to its last {what}; one seed shows no difference"
-    said = f"{found['mean']:.2f} ({found['low']:.2f} to {found['high']:.2f}) of the baseline's steps to its last {what}"
+        return f"{found['mean']:.2f} {of}; one seed shows no difference"
+    said = f"{found['mean']:.2f} ({found['low']:.2f} to {found['high']:.2f}) {of}"
     shown = found["corrected_p"] is not None and found["corrected_p"] < SIGNIFICANT
     return f"{said}, on {found['agree']} of {found['seeds']} seeds" if shown else f"{said}: no difference shown"

@@ -49,19 +49,21 @@ def pieces_of(plan: Plan, workdir: epath.Path) -> list[Piece]:
         if own not in makers:
             makers[own] = f"{arm.name}/shared"
             shared.append(shared_piece(arm, workdir))
-        # What an arm before has tuned is not tuned again.
+        # What an arm before has tuned, or trained, is not tuned or trained again.
         source = twin_of(plan, arm) or arm
-        own_tuning = [tuning_piece(run, makers[own], workdir) for run in tuning_runs(source)]
+        trainer = plan.arm(source.trained_as)
+        own_tuning = [tuning_piece(run, makers[own], workdir) for run in tuning_runs(trainer)]
         needs = tuple(piece.name for piece in own_tuning) or (makers[own],)
-        if source is arm:
+        if trainer is arm:
             tuning += own_tuning
-            if len(arm.config.study.cfg_scales) > 1:
-                guidance.append(guidance_piece(arm, needs, workdir))
         if len(arm.config.study.cfg_scales) > 1:
+            if source is arm:
+                guidance.append(guidance_piece(arm, needs, workdir))
             needs = (f"{source.name}/guidance",)
         # The names of its runs do not depend on what is chosen for them.
         for run in comparison_runs(plan, arm, 1.0, 1.0):
-            runs.setdefault(run.seed, []).append(run_piece(plan, arm, run.seed, needs, workdir))
+            trained = (f"{arm.trained_as}/{run.seed}",) if arm.trained_as != arm.name else ()
+            runs.setdefault(run.seed, []).append(run_piece(plan, arm, run.seed, needs + trained, workdir))
     return shared + tuning + guidance + list(itertools.chain(*runs.values()))
 
 

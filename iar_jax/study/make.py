@@ -38,7 +38,7 @@ class Tuned(NamedTuple):
     Attributes:
         rates: (learning rate, seed, last value of the criterion); empty where it is fixed.
         guidance: (cfg_scale, Fréchet distance); empty where it is fixed.
-        seconds: that the tuning runs, and the samples of them, took.
+        seconds: that the tuning runs, and the samples of them, took; runs that another arm tuned with are that one's.
     """
 
     learning_rate: float
@@ -234,7 +234,8 @@ def tuned(arm: Arm, workdir: epath.Path) -> Tuned:
     """
     rate, rates = tuned_rate(arm, workdir)
     trainings = [artifacts.require(workdir / "runs" / run.place / "train", "train") for run in tuning_runs(arm)]
-    seconds = sum(training.figures["seconds"] for training in trainings)
+    own = arm.trained_as == arm.name
+    seconds = sum(training.figures["seconds"] for training in trainings) if own else 0.0
     if len(arm.config.study.cfg_scales) < 2:
         return Tuned(rate, float(arm.config.sampling.cfg_scale), tuple(rates), seconds=seconds)
     found = artifact_of(guidance_directory(arm, workdir))

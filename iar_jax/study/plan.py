@@ -2,6 +2,7 @@
 
 import ast
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -30,11 +31,13 @@ class Arm(NamedTuple):
         name: NAME, or GROUP/NAME: arms are compared with the baseline of their group.
         config: the study's, with the arm's overrides.
         overrides: section.field=value.
+        trained_as: its own name, or that of the arm whose weights it samples in another way.
     """
 
     name: str
     config: ConfigDict
     overrides: tuple[str, ...]
+    trained_as: str
 
     @property
     def group(self) -> str:
@@ -61,7 +64,8 @@ class Run(NamedTuple):
     @property
     def place(self) -> str:
         """Its directory under runs/. Another config has another one."""
-        return f"{self.arm.name}/{self.config.training.learning_rate:g}-{self.seed}-{digest(self.config, *TRAINED)}"
+        rate = self.config.training.learning_rate
+        return f"{self.arm.trained_as}/{rate:g}-{self.seed}-{digest(self.config, *TRAINED)}"
 
 
 class Plan(NamedTuple):
@@ -116,7 +120,8 @@ def plan_of(config: ConfigDict) -> Plan:
             )
         baselines[arm.group] = baseline
     plan = Plan(arms, baselines)
-    for arm in arms:
+    plan = Plan(tuple(arm._replace(trained_as=trainer_of(plan, arm)) for arm in arms), baselines)
+    for arm in plan.arms:
         check_shares(arm, plan.arm(baselines[arm.group]))
     return plan
 
@@ -139,7 +144,7 @@ def arm_of(config: ConfigDict, name: str, *overrides: str) -> Arm:
         check_config(changed)
     except UserError as error:
         raise UserError(f"config.study.arms, {name!r}: {error}") from error
-    return Arm(name, changed, overrides)
+    return Arm(name, changed, overrides, trained_as=name)
 
 
 def set_field(config: ConfigDict, override: str) -> None:
@@ -210,13 +215,26 @@ def comparison_runs(plan: Plan, arm: Arm, learning_rate: float, cfg_scale: float
 
 
 def twin_of(plan: Plan, arm: Arm) -> Arm | None:
-    """The first arm before this one, of its group, that trains the same."""
-    before = plan.arms[: plan.arms.index(arm)]
-    own = digest(arm.config, *TRAINED, *MEASURED)
-    return next(
-        (other for other in before if other.group == arm.group and digest(other.config, *TRAINED, *MEASURED) == own),
-        None,
-    )
+    """The first arm before this one, of its group, that trains and is sampled the same."""
+    return next((other for other in trained_the_same(plan, arm) if sampled_the_same(other, arm)), None)
+
+
+def trainer_of(plan: Plan, arm: Arm) -> str:
+    """The name of the first arm before this one, of its group, that trains the same and is sampled otherwise; else its
+    own. A twin has weights of its own: to end as another one does checks the apparatus."""
+    others = trained_the_same(plan, arm)
+    return arm.name if not others or twin_of(plan, arm) else others[0].name
+
+
+def trained_the_same(plan: Plan, arm: Arm) -> list[Arm]:
+    """The arms before this one, of its group, that train the same."""
+    own = digest(arm.config, *TRAINED)
+    before = itertools.takewhile(lambda other: other.name != arm.name, plan.arms)
+    return [other for other in before if other.group == arm.group and digest(other.config, *TRAINED) == own]
+
+
+def sampled_the_same(first: Arm, second: Arm) -> bool:
+    return digest(first.config, *MEASURED) == digest(second.config, *MEASURED)
 
 
 def with_seed(config: ConfigDict, seed: int, learning_rate: float) -> ConfigDict:

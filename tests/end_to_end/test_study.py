@@ -17,6 +17,7 @@ ARMS = (
     ("baseline", "training.cluster_weights=(0.0,)"),
     ("iar", "training.cluster_weights=(1.0,)"),
     ("again", "training.cluster_weights=(0.0,)"),
+    ("linear", "training.cluster_weights=(1.0,)", "sampling.cfg_schedule=linear"),
 )
 OPTIONS = [
     *TINY,
@@ -27,7 +28,7 @@ OPTIONS = [
     "--config.study.sample_every=10",
     "--config.study.curve_images=10",
 ]
-RUNS = ["baseline/0", "iar/0", "again/0", "baseline/1", "iar/1"]
+RUNS = ["baseline/0", "iar/0", "again/0", "linear/0", "baseline/1", "iar/1", "linear/1"]
 
 
 def study(workdir, *arguments, **options):
@@ -88,12 +89,16 @@ def test_a_killed_study_goes_on_and_answers(killed):
     assert "ends as baseline does, to the last bit" in output
     content = json.loads((path / "study.json").read_text())
     arms = content["arms"]
-    assert {name: arm["seeds"] for name, arm in arms.items()} == {"baseline": [0, 1], "iar": [0, 1], "again": [0]}
+    seeds = {name: arm["seeds"] for name, arm in arms.items()}
+    assert seeds == {"baseline": [0, 1], "iar": [0, 1], "again": [0], "linear": [0, 1]}
     ratio = arms["iar"]["steps_ratio"]
     assert ratio["seeds"] == 2
     assert ratio["low"] < ratio["mean"] < ratio["high"]
     assert arms["baseline"]["steps_ratio"] is None
     assert arms["again"]["equal_to"] == {"arm": "baseline", "largest_difference": 0.0}
+    assert not (path / "runs" / "linear").exists()
+    assert arms["linear"]["runs"]["0"]["validation"] == arms["iar"]["runs"]["0"]["validation"]
+    assert arms["linear"]["runs"]["0"]["scores"] != arms["iar"]["runs"]["0"]["scores"]
     assert arms["iar"]["curves"]["token_loss"]["steps"] == [10, 20, 24]
     assert arms["iar"]["curves"]["frechet_distance"]["steps"] == [10, 20, 24]
     assert arms["iar"]["scores"]["mind"]["seeds"] == 2
@@ -104,39 +109,38 @@ def test_a_killed_study_goes_on_and_answers(killed):
 
 @pytest.mark.slow
 def test_slices_in_any_order_end_as_one(killed, tmp_path):
-    reference, _ = killed
-    (tokens,) = reference.glob("shared/tokens-*")
-    (partition,) = tokens.glob("partition-*")
-    inputs = [f"--config.inputs.{name}={tokens / name}" for name in ("tokenizer", "codes")]
-    inputs.append(f"--config.inputs.codebook={partition / 'codebook'}")
-    listed = study(tmp_path, *inputs, "--list").stdout.split()
-    assert listed == ["baseline/shared", *RUNS]
+    reference, path = killed[0], tmp_path / "copy"
+    shutil.copytree(reference, path)
+    shared = ("shared/tokens-*/partition-*", "shared/judge-*", "shared/perturbed-*")
+    for pattern in (*shared, "runs/again/*", "runs/iar/*-1-*", "compiled"):
+        for gone in path.glob(pattern):
+            shutil.rmtree(gone)
+    assert study(path, "--list").stdout.split() == ["baseline/shared", *RUNS]
+    assert study(path, "--nomake").stdout.count("not finished") == 1
     # Two at once, the last first, both in need of what is shared.
     slices = [
         subprocess.Popen(
-            command("study", tmp_path, *OPTIONS, *inputs, f"--run={name}", config=CONFIG),
+            command("study", path, *OPTIONS, f"--run={name}", config=CONFIG),
             cwd=ROOT,
             env=environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for name in ("again/0", "iar/1")
+        for name in ("again/0", "linear/1")
     ]
     for process in slices:
         output, _ = process.communicate()
         assert process.returncode == 0, output
-    assert study(tmp_path, *inputs, "--nomake").stdout.count("not finished") == 1
-    output = study(tmp_path, *inputs).stdout
-    assert "3 of them to be made" in output
-    assert content_of(tmp_path) == content_of(reference)
+    study(path, "--nomake")
+    assert content_of(path) == content_of(reference)
 
 
 @pytest.mark.slow
 def test_a_damaged_run_is_named_and_made_again(killed, tmp_path):
     shutil.copytree(killed[0], tmp_path / "copy")
     path = tmp_path / "copy"
-    (damaged,) = path.glob("runs/iar/*-1-*/result-*")
+    (damaged,) = path.glob("runs/baseline/*-1-*/result-*")
     for name in ("metadata.json", "metadata.copy.json"):
         (damaged / name).write_text("{")
     output = study(path).stdout

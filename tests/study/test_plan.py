@@ -56,6 +56,26 @@ def test_an_arm_that_trains_as_another_one_is_run_once(config, tmp_path):
     assert needs == ("baseline/tuning-0.001-1000", "baseline/tuning-0.002-1000")
 
 
+def test_an_arm_that_is_only_sampled_otherwise_is_not_trained_again(config, tmp_path):
+    other = "sampling.cfg_schedule=linear"
+    config.study.arms = (
+        BASELINE,
+        IAR,
+        ("linear", IAR[1], other),
+        ("again", IAR[1], other),
+        ("longer", IAR[1], "training.b2=0.9"),
+    )
+    config.study.seeds, config.study.cfg_scales = (0,), (1.0, 2.0)
+    plan = plan_of(config)
+    assert [arm.trained_as for arm in plan.arms] == ["baseline", "iar", "iar", "again", "longer"]
+    (own,), (linear,) = (comparison_runs(plan, plan.arm(name), 1e-3, 1.5) for name in ("iar", "linear"))
+    assert own.place == linear.place
+    pieces = {piece.name: piece.needs for piece in pieces_of(plan, epath.Path(tmp_path))}
+    assert not any(name.startswith("linear/tuning") for name in pieces)
+    assert pieces["linear/guidance"] == pieces["iar/guidance"]
+    assert pieces["linear/0"] == ("linear/guidance", "iar/0")
+
+
 def test_another_partition_is_shared_by_those_that_have_it(config, tmp_path):
     config.study.arms = (
         BASELINE,
