@@ -26,7 +26,7 @@ def answer(plan: Plan, workdir: epath.Path) -> dict[str, Any]:
     for group in plan.baselines:
         correct([arms[arm.name] for arm in plan.arms if arm.group == group])
     for arm in plan.arms:
-        arms[arm.name]["verdict"] = verdict(arms[arm.name], section.criterion)
+        arms[arm.name]["verdict"] = verdict(arms[arm.name], section.criterion, plan.baselines[arm.group])
     return {
         "criterion": section.criterion,
         "confidence": CONFIDENCE,
@@ -71,6 +71,7 @@ def told(plan: Plan, arm: Arm, results: dict[str, Results], workdir: epath.Path)
     criterion = arm.config.study.criterion
     twin = twin_of(plan, arm)
     content: dict[str, Any] = {
+        "name": arm.name,
         "overrides": list(arm.overrides),
         "trained_as": arm.trained_as,
         "seeds": sorted(own),
@@ -226,8 +227,8 @@ def correct(arms: list[dict[str, Any]]) -> None:
             found["corrected_p"] = p
 
 
-def verdict(arm: dict[str, Any], criterion: str) -> str:
-    """What is shown of an arm, in a sentence."""
+def verdict(arm: dict[str, Any], criterion: str, baseline: str) -> str:
+    """What is shown of an arm, in a sentence; `baseline` is the name of the one that it is compared with."""
     if not arm["seeds"]:
         return "not finished"
     if "equal_to" in arm:
@@ -243,7 +244,7 @@ def verdict(arm: dict[str, Any], criterion: str) -> str:
     if found is None and (found := arm["scores"]["frechet_distance"].get("difference")) is not None:
         of = "to the Fréchet distance of the baseline's samples"
     if found is None:
-        return "the baseline"
+        return "the baseline" if arm["name"] == baseline else f"to be compared with {baseline}"
     if found["low"] is None:
         return f"{found['mean']:.2f} {of}; one seed shows no difference"
     said = f"{found['mean']:.2f} ({found['low']:.2f} to {found['high']:.2f}) {of}"
