@@ -12,7 +12,18 @@ processes=$1 devices=$2
 shift 2
 logs=$(mktemp -d)
 trap 'rm -rf "$logs"' EXIT
-port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+# Below the ports that systems hand out by themselves, so that no connection made before the first process listens has it.
+port=$(python3 - <<'EOF'
+import contextlib, random, socket
+
+while True:
+    port = random.randrange(20000, 32768)
+    with contextlib.suppress(OSError), socket.socket() as probe:
+        probe.bind(("127.0.0.1", port))
+        print(port)
+        break
+EOF
+)
 export JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=$devices JAX_COORDINATOR_ADDRESS=127.0.0.1:$port
 export JAX_NUM_PROCESSES=$processes JAX_CPU_COLLECTIVES_IMPLEMENTATION=gloo
 # Virtual devices share one pool of threads, and all-reduces that wait in it can fill it (see tests/conftest.py).

@@ -88,7 +88,8 @@ def start_processes(count, devices, workdir, *arguments, stage="train", **variab
 
 
 def children(process):
-    """Process numbers of the training processes that a launcher has started."""
+    """Process numbers of the training processes that a launcher has started, and that run."""
+    assert process.poll() is None, process.communicate()[0]
     return [int(pid) for pid in pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 

@@ -139,11 +139,10 @@ def make_all(pieces: list[Piece], workdir: epath.Path, workers: int) -> None:
     said = time.monotonic()
     with catch_stop_signals() as stop:
         while waiting or running:
-            for slot in range(workers):
-                piece = next((piece for piece in waiting if done.issuperset(piece.needs)), None)
-                if slot in running or piece is None:
-                    continue
-                waiting.remove(piece)
+            for slot in sorted(set(range(workers)) - running.keys()):
+                piece = next_piece(waiting, done)
+                if piece is None:
+                    break
                 # What is shared comes first, and has all cores.
                 running[slot] = Process(piece, workdir, (slot, workers) if piece.kind != "shared" else None)
             time.sleep(LOOK_SECONDS)
@@ -172,6 +171,17 @@ def make_all(pieces: list[Piece], workdir: epath.Path, workers: int) -> None:
             f"{len(failed)} pieces of the study failed, {len(done)} of {len(pieces)} are finished:\n  {shown}\nWith "
             "that put right, the same command goes on"
         )
+
+
+def next_piece(waiting: list[Piece], done: set[str]) -> Piece | None:
+    """Takes the next piece that can be made, if any. One that is finished already, such as a run whose shared files had
+    to be made again, is done instead."""
+    while (piece := next((piece for piece in waiting if done.issuperset(piece.needs)), None)) is not None:
+        waiting.remove(piece)
+        if not piece.finished():
+            return piece
+        done.add(piece.name)
+    return None
 
 
 def finished_so_far(pieces: list[Piece], piece: Piece) -> bool:
