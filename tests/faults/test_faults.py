@@ -67,8 +67,17 @@ def test_a_kill_in_a_step_of_all_variants(reference, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["code records", "generator's weights", "labels", "generator's metadata"])
-@pytest.mark.parametrize("way", damage.WAYS)
+@pytest.mark.parametrize(
+    "kind, way",
+    [
+        ("code records", "flip"),
+        ("code records", "empty"),
+        ("generator's weights", "flip"),
+        ("generator's weights", "cut"),
+        ("labels", "empty"),
+        ("generator's metadata", "cut"),
+    ],
+)
 def test_damage_of_finished_files(reference, workdir, kind, way):
     assert_survived(damage.of_a_file(reference, workdir, kind, way, 1))
 
