@@ -68,7 +68,7 @@ def test_a_kill_in_a_step_of_all_variants(reference, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "kind, way",
+    ("kind", "way"),
     [
         ("code records", "flip"),
         ("code records", "empty"),
