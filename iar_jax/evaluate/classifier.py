@@ -71,9 +71,10 @@ def judged(judge: Judge, title: str, rows: ImageStream, batch_size: int) -> feat
 def trained(config: ConfigDict, directory: epath.Path, images: ImageDataset, mesh: Mesh) -> Judge:
     """The classifier of this data set, trained unless it is there."""
     section = config.evaluation
-    model = Classifier(num_classes=len(images.class_names), resolution=config.data.resolution)
     made_by, given = relevant(config, ("seed", "data", "evaluation")), {"images": images.fingerprint}
-    done = artifacts.finished(directory, made_by, given, lambda: given)
+    if artifacts.finished(directory, made_by, given, lambda: given):
+        return restored(config, directory, len(images.class_names), mesh)
+    model = Classifier(num_classes=len(images.class_names), resolution=config.data.resolution)
     optimizer = make_optimizer(
         learning_rate_schedule("cosine", section.classifier_learning_rate, 20, section.classifier_steps),
         b1=0.9,
@@ -82,11 +83,6 @@ def trained(config: ConfigDict, directory: epath.Path, images: ImageDataset, mes
         clip_norm=1.0,
     )
     init = functools.partial(classifier_steps.init_classifier_state, model=model, optimizer=optimizer)
-    if done:
-        shapes = jax.eval_shape(init, jax.random.key(config.seed)).ema_params
-        abstract = checkpoint.abstract_tree(shapes, jax.tree.map(lambda _: sharding.replicated(mesh), shapes))
-        params, _ = checkpoint.restore_params(directory / "checkpoints", abstract)
-        return Judge(model, params, mesh, done.figures["val_accuracy"])
     sharding.check_batch_size(mesh, section.classifier_batch_size, "config.evaluation.classifier_batch_size")
     with (
         sharding.use_mesh(mesh),
@@ -109,6 +105,21 @@ def trained(config: ConfigDict, directory: epath.Path, images: ImageDataset, mes
         fingerprint = artifacts.fingerprint_arrays(distributed.to_host(params))
         artifacts.finish(directory, fingerprint, {"val_accuracy": accuracy})
     return judge._replace(val_accuracy=accuracy)
+
+
+def restored(config: ConfigDict, directory: epath.Path, num_classes: int, mesh: Mesh) -> Judge:
+    """A classifier that was trained before; no picture is opened.
+
+    Raises:
+        UserError: it is not finished, or damaged.
+    """
+    done = artifacts.require(directory, "evaluate")
+    model = Classifier(num_classes=num_classes, resolution=config.data.resolution)
+    init = functools.partial(classifier_steps.init_classifier_params, model=model)
+    shapes = jax.eval_shape(init, jax.random.key(config.seed))
+    abstract = checkpoint.abstract_tree(shapes, jax.tree.map(lambda _: sharding.replicated(mesh), shapes))
+    params, _ = checkpoint.restore_params(directory / "checkpoints", abstract)
+    return Judge(model, params, mesh, done.figures["val_accuracy"])
 
 
 def train(

@@ -15,9 +15,11 @@ from iar_jax.evaluate import classifier, files
 from iar_jax.metrics import frechet, precision_recall
 from iar_jax.metrics.features import ClassifierFeatures, inception_features
 from iar_jax.metrics.mind import mind, random_directions
-from iar_jax.runtime import sharding
+from iar_jax.runtime import artifacts, sharding
 
 SCORES = ("frechet_distance", "mind", "precision", "recall", "class_accuracy")
+
+FEATURES_FILE = "train-features.npz"
 
 # Features of images, and the classes that they are taken for where there is a classifier.
 FeaturesOf = Callable[[ImageStream], ClassifierFeatures]
@@ -39,28 +41,54 @@ class Judge(NamedTuple):
     about: dict[str, Any]
 
 
-def judge_of(config: ConfigDict, directory: epath.Path) -> Judge:
-    """The judge of config.evaluation, made in a directory where it is not there yet."""
-    images, section = open_images(config.data), config.evaluation
-    mesh = sharding.make_mesh(**config.mesh)
-    if section.features == "classifier":
-        judge = classifier.trained(config, directory / "classifier", images, mesh)
-        features_of: FeaturesOf = functools.partial(classifier.judged, judge, "samples", batch_size=section.batch_size)
-        about = {"features": "classifier", "val_accuracy": judge.val_accuracy}
-    else:
-        network = files.inception_network(section.inception_weights)
+def is_made(config: ConfigDict, directory: epath.Path) -> bool:
+    """Whether `make_judge` has left a judge in a directory."""
+    found = artifacts.read_metadata(directory / "classifier") if judges_by_classifier(config) else None
+    trained = found is not None and found.finished
+    return (trained or not judges_by_classifier(config)) and (directory / FEATURES_FILE).exists()
 
-        def features_of(rows: ImageStream) -> ClassifierFeatures:
-            batches = rows.batches(section.batch_size)
-            found = [inception_features(network.module, network.params, batch)["pool"] for batch in batches]
-            return ClassifierFeatures(np.concatenate(found), np.full(rows.shape[0], -1))
 
-        about = {"features": "inception", "weights": network.sha256}
-    kept = directory / "train-features.npz"
-    if not kept.exists():
-        write_npz(kept, {"features": features_of(SourceStream(images.train)).features})
-    reference = read_array(kept, "features")
-    return Judge(features_of, reference, frechet.feature_statistics(reference), section.neighbours, about)
+def make_judge(config: ConfigDict, directory: epath.Path) -> None:
+    """Leaves the judge of config.evaluation in a directory: a classifier of the pictures, where one judges, and the
+    features of the training images."""
+    images = open_images(config.data)
+    if judges_by_classifier(config):
+        classifier.trained(config, directory / "classifier", images, sharding.make_mesh(**config.mesh))
+    features_of, _ = network_of(config, directory, len(images.class_names))
+    write_npz(directory / FEATURES_FILE, {"features": features_of(SourceStream(images.train)).features})
+
+
+def read_judge(config: ConfigDict, directory: epath.Path, num_classes: int) -> Judge:
+    """The judge that `make_judge` left; no picture is opened, which of many files takes as long as to score samples.
+
+    Raises:
+        UserError: it is not there, or damaged.
+    """
+    features_of, about = network_of(config, directory, num_classes)
+    reference = read_array(directory / FEATURES_FILE, "features")
+    return Judge(features_of, reference, frechet.feature_statistics(reference), config.evaluation.neighbours, about)
+
+
+def judges_by_classifier(config: ConfigDict) -> bool:
+    """Whether features are a classifier's, and not Inception's."""
+    return config.evaluation.features == "classifier"
+
+
+def network_of(config: ConfigDict, directory: epath.Path, num_classes: int) -> tuple[FeaturesOf, dict[str, Any]]:
+    """What takes features, and what is known of it."""
+    section = config.evaluation
+    if judges_by_classifier(config):
+        judge = classifier.restored(config, directory / "classifier", num_classes, sharding.make_mesh(**config.mesh))
+        features_of = functools.partial(classifier.judged, judge, "samples", batch_size=section.batch_size)
+        return features_of, {"features": "classifier", "val_accuracy": judge.val_accuracy}
+    network = files.inception_network(section.inception_weights)
+
+    def inception_features_of(rows: ImageStream) -> ClassifierFeatures:
+        batches = rows.batches(section.batch_size)
+        found = [inception_features(network.module, network.params, batch)["pool"] for batch in batches]
+        return ClassifierFeatures(np.concatenate(found), np.full(rows.shape[0], -1))
+
+    return inception_features_of, {"features": "inception", "weights": network.sha256}
 
 
 def scores(judge: Judge, samples: ClassifierFeatures, labels: np.ndarray) -> dict[str, float | int | None]:

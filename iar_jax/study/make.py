@@ -98,9 +98,11 @@ def input_finished(config: ConfigDict, workdir: epath.Path, *names: str) -> bool
     return all(metadata is not None and metadata.finished for metadata in found)
 
 
-def judge_finished(config: ConfigDict, workdir: epath.Path) -> bool:
-    """Whether features of the training images are there."""
-    return (judge_directory(config, workdir) / "train-features.npz").exists()
+def judge_of(config: ConfigDict, workdir: epath.Path) -> judging.Judge:
+    """The judge of an arm's samples."""
+    inputs = given(config, **shared_inputs(config, workdir)).inputs
+    codes = artifacts.require(artifacts.locate(inputs, workdir, "codes"), "extract_codes")
+    return judging.read_judge(config, judge_directory(config, workdir), len(codes.figures["class_names"]))
 
 
 def perturbed_path(config: ConfigDict, workdir: epath.Path) -> epath.Path:
@@ -119,8 +121,8 @@ def perturbed_of(config: ConfigDict, workdir: epath.Path) -> list[dict[str, Any]
 def shared_finished(arm: Arm, workdir: epath.Path) -> bool:
     """Whether all that an arm shares is there."""
     inputs = ("tokenizer", "codes", "val_codes", "codebook")
-    found = input_finished(arm.config, workdir, *inputs) and judge_finished(arm.config, workdir)
-    return found and perturbed_path(arm.config, workdir).exists()
+    judge = judging.is_made(arm.config, judge_directory(arm.config, workdir))
+    return input_finished(arm.config, workdir, *inputs) and judge and perturbed_path(arm.config, workdir).exists()
 
 
 def make_shared(arm: Arm, workdir: epath.Path) -> None:
@@ -139,16 +141,16 @@ def make_shared(arm: Arm, workdir: epath.Path) -> None:
         rearrange_codebook.run(given(config, tokenizer=inputs["tokenizer"]), partition)
 
     def make_judge() -> None:
-        judging.judge_of(config, judge)
+        judging.make_judge(config, judge)
 
     def make_perturbed() -> None:
-        found = perturbed_distances(given(config, **inputs), judging.judge_of(config, judge))
+        found = perturbed_distances(given(config, **inputs), judge_of(config, workdir))
         write_json(perturbed_path(config, workdir), found)
 
     made(tokens, lambda: input_finished(config, workdir, "tokenizer", "codes", "val_codes"), make_tokens)
     if not config.inputs.codebook:
         made(partition, lambda: input_finished(config, workdir, "codebook"), make_partition)
-    made(judge, lambda: judge_finished(config, workdir), make_judge)
+    made(judge, lambda: judging.is_made(config, judge), make_judge)
     path = perturbed_path(config, workdir)
     made(path.parent, lambda: path.exists(), make_perturbed)
 
@@ -215,7 +217,7 @@ def measure_guidance(arm: Arm, workdir: epath.Path) -> None:
     run = guided_run(arm, workdir)
     config, place, start = config_of(run, workdir), workdir / "runs" / run.place, time.monotonic()
     config.sampling.num_images = config.study.cfg_images
-    judge = judging.judge_of(arm.config, judge_directory(arm.config, workdir))
+    judge = judge_of(arm.config, workdir)
     found = []
     for scale in config.study.cfg_scales:
         config.sampling.cfg_scale = scale
@@ -256,7 +258,7 @@ def measure_run(run: Run, workdir: epath.Path) -> None:
     directory, config = workdir / "runs" / run.place, config_of(run, workdir)
     train.run(config, directory, thorough=True)
     start = time.monotonic()
-    judge = judging.judge_of(run.arm.config, judge_directory(run.arm.config, workdir))
+    judge = judge_of(run.arm.config, workdir)
     trained = artifacts.require(directory / "train", "train").figures
     section, along = config.study, []
     every = section.sample_every

@@ -13,12 +13,16 @@ from iar_jax.training.optimizer import averaged, updated
 from iar_jax.training.state import TrainState
 
 
+def init_classifier_params(key: Key[Array, ""], model: Classifier) -> Any:
+    """Fresh weights."""
+    return model.init(key, jnp.zeros((1, model.resolution, model.resolution, 3)))["params"]
+
+
 def init_classifier_state(
     key: Key[Array, ""], model: Classifier, optimizer: optax.GradientTransformation
 ) -> TrainState:
     """A fresh state."""
-    images = jnp.zeros((1, model.resolution, model.resolution, 3))
-    params = model.init(key, images)["params"]
+    params = init_classifier_params(key, model)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema_params=params)
 
 
