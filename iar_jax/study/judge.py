@@ -42,10 +42,16 @@ class Judge(NamedTuple):
 
 
 def is_made(config: ConfigDict, directory: epath.Path) -> bool:
-    """Whether `make_judge` has left a judge in a directory."""
-    found = artifacts.read_metadata(directory / "classifier") if judges_by_classifier(config) else None
-    trained = found is not None and found.finished
-    return (trained or not judges_by_classifier(config)) and (directory / FEATURES_FILE).exists()
+    """Whether `make_judge` has left a judge in a directory; one whose classifier is damaged has to be made again."""
+    if not (directory / FEATURES_FILE).exists():
+        return False
+    if not judges_by_classifier(config):
+        return True
+    try:
+        found = artifacts.read_metadata(directory / "classifier")
+    except artifacts.Damaged:
+        return False
+    return found is not None and found.finished
 
 
 def make_judge(config: ConfigDict, directory: epath.Path) -> None:
@@ -75,7 +81,11 @@ def judges_by_classifier(config: ConfigDict) -> bool:
 
 
 def network_of(config: ConfigDict, directory: epath.Path, num_classes: int) -> tuple[FeaturesOf, dict[str, Any]]:
-    """What takes features, and what is known of it."""
+    """What takes features, and what is known of it.
+
+    Raises:
+        UserError: the classifier is not finished or damaged, or there are no Inception weights.
+    """
     section = config.evaluation
     if judges_by_classifier(config):
         judge = classifier.restored(config, directory / "classifier", num_classes, sharding.make_mesh(**config.mesh))

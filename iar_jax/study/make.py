@@ -91,17 +91,24 @@ def config_of(run: Run, workdir: epath.Path) -> ConfigDict:
     return given(run.config, **shared_inputs(run.arm.config, workdir))
 
 
+def place_of(config: ConfigDict, workdir: epath.Path, name: str) -> epath.Path:
+    """Where one of the inputs of an arm's runs lies; names are those of artifacts.INPUTS."""
+    return artifacts.locate(given(config, **shared_inputs(config, workdir)).inputs, workdir, name)
+
+
 def input_finished(config: ConfigDict, workdir: epath.Path, *names: str) -> bool:
     """Whether some of what an arm shares is there; names are those of artifacts.INPUTS."""
-    inputs = given(config, **shared_inputs(config, workdir)).inputs
-    found = [artifacts.read_metadata(artifacts.locate(inputs, workdir, name)) for name in names]
+    found = [artifacts.read_metadata(place_of(config, workdir, name)) for name in names]
     return all(metadata is not None and metadata.finished for metadata in found)
 
 
 def judge_of(config: ConfigDict, workdir: epath.Path) -> judging.Judge:
-    """The judge of an arm's samples."""
-    inputs = given(config, **shared_inputs(config, workdir)).inputs
-    codes = artifacts.require(artifacts.locate(inputs, workdir, "codes"), "extract_codes")
+    """The judge of an arm's samples.
+
+    Raises:
+        UserError: it, or the codes that say how many classes there are, is not there or damaged.
+    """
+    codes = artifacts.require(place_of(config, workdir, "codes"), "extract_codes")
     return judging.read_judge(config, judge_directory(config, workdir), len(codes.figures["class_names"]))
 
 

@@ -9,10 +9,13 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from iar_jax.config.fields import default_config
+from iar_jax.config.relevance import relevant
+from iar_jax.data.array_files import write_npz
 from iar_jax.data.image_source import ArraySource
 from iar_jax.data.image_streams import SourceStream
 from iar_jax.metrics.frechet import feature_statistics, frechet_distance
-from iar_jax.study.judge import is_made, make_judge, read_judge, scores
+from iar_jax.runtime import artifacts
+from iar_jax.study.judge import FEATURES_FILE, is_made, make_judge, read_judge, scores
 from tests import random_inception
 
 
@@ -51,3 +54,16 @@ def test_scores_in_inceptions_features(tmp_path, golden):
     assert (found["count"], found["class_accuracy"]) == (12, None)
     same = [i for i, row in enumerate(everything.features) if np.abs(judge.reference - row).max(axis=1).min() < 1e-4]
     assert len(same) == 8
+
+
+def test_a_judge_whose_classifier_is_damaged_is_made_again(tmp_path):
+    config, place = default_config(), epath.Path(tmp_path)
+    write_npz(place / FEATURES_FILE, {"features": np.zeros((2, 3), np.float32)})
+    assert not is_made(config, place)
+    artifacts.begin(place / "classifier", "evaluate", relevant(config, ("evaluation",)), {})
+    assert not is_made(config, place)
+    artifacts.finish(place / "classifier", "0" * 64, {})
+    assert is_made(config, place)
+    for name in ("metadata.json", "metadata.copy.json"):
+        (place / "classifier" / name).write_text("{")
+    assert not is_made(config, place)
