@@ -41,23 +41,12 @@ def test_a_kill_at_a_rename(reference, workdir):
     assert_survived(kills.at_a_rename(reference, workdir, "sample", 3, "after"))
 
 
-@pytest.mark.slow
-def test_a_kill_at_a_rename_of_training(reference, workdir):
-    assert_survived(kills.at_a_rename(reference, workdir, "train", 5, "before"))
-
-
 def test_a_stop_of_the_extraction(reference, workdir):
     assert_survived(kills.by_a_signal(reference, workdir, "extract_codes", signal.SIGTERM))
 
 
 def test_a_flipped_bit_in_the_latest_checkpoint(reference, workdir):
     assert_survived(damage.of_the_latest_checkpoint(reference, workdir, "state", "flip", 0))
-
-
-@pytest.mark.slow
-def test_a_masked_training_in_another_mesh_for_a_while(reference, tmp_path):
-    own = reference_with(OTHERS["masked"], reference, tmp_path / "own")
-    assert_survived(runs.other_devices(own, tmp_path, OTHERS["masked"]))
 
 
 @pytest.mark.slow
@@ -70,10 +59,8 @@ def test_a_kill_in_a_step_of_all_variants(reference, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "way"),
     [
-        ("code records", "flip"),
         ("code records", "empty"),
         ("generator's weights", "flip"),
-        ("generator's weights", "cut"),
         ("labels", "empty"),
         ("generator's metadata", "cut"),
     ],
