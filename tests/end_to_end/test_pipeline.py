@@ -381,6 +381,7 @@ def test_images_are_reduced_and_written_one_by_one_on_request(finished, copy):
     np.testing.assert_array_equal(np.stack([np.asarray(Image.open(path)) for path in files]), images)
 
 
+@pytest.mark.slow
 def test_a_kind_of_generator_from_outside_trains_samples_and_is_scored(finished, tmp_path):
     config, inputs = "tests/end_to_end/neighbour_kind.py", inputs_of(finished.path)
     options = [*TINY, *inputs, "--config.training.num_steps=30"]

@@ -12,6 +12,8 @@ from tests.faults import damage, kills, runs, store
 from tests.faults.workdirs import OPTIONS, OTHERS, InBucket, NotTried, OnDisk, reference_with
 from tests.stages import call
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
@@ -49,13 +51,11 @@ def test_a_flipped_bit_in_the_latest_checkpoint(reference, workdir):
     assert_survived(damage.of_the_latest_checkpoint(reference, workdir, "state", "flip", 0))
 
 
-@pytest.mark.slow
 def test_a_kill_in_a_step_of_all_variants(reference, tmp_path):
     own = reference_with(OTHERS["variants"], reference, tmp_path / "own")
     assert_survived(kills.in_a_step(own, OnDisk(tmp_path / "killed", OTHERS["variants"]), "train", 13, 0.05))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "way"),
     [
@@ -69,7 +69,6 @@ def test_damage_of_finished_files(reference, workdir, kind, way):
     assert_survived(damage.of_a_file(reference, workdir, kind, way, 1))
 
 
-@pytest.mark.slow
 def test_a_full_disk(reference, tmp_path):
     try:
         assert_survived(runs.a_full_disk(reference, tmp_path / "disk", "train", 1500))
@@ -81,21 +80,17 @@ def test_a_second_run_is_refused(reference, workdir):
     assert_survived(runs.a_second_run(reference, workdir, "--config.training.learning_rate=0.5"))
 
 
-@pytest.mark.slow
 def test_a_directory_that_is_moved_away(reference, workdir):
     assert_survived(runs.moved_or_removed(reference, workdir, "train", True))
 
 
-@pytest.mark.slow
 def test_a_kill_at_an_upload(reference, in_bucket):
     assert_survived(kills.at_an_upload(reference, in_bucket, "train", 0.6))
 
 
-@pytest.mark.slow
 def test_a_store_in_trouble(reference, in_bucket):
     assert_survived(store.in_trouble(reference, in_bucket, "sample", "503", 0))
 
 
-@pytest.mark.slow
 def test_two_that_start_at_once_in_a_bucket(reference, in_bucket):
     assert_survived(runs.two_at_once(reference, in_bucket, "extract_codes"))
