@@ -187,7 +187,7 @@ def bands(values: np.ndarray) -> dict[str, list[float | None]]:
 
 
 def ratio(own: Results, others: Results, criterion: str) -> dict[str, Any] | None:
-    """Steps to the baseline's last value of the criterion, over the baseline's, seed by seed."""
+    """Steps to the baseline's lowest value of the criterion, over the baseline's, seed by seed."""
     both = sorted(own.keys() & others.keys())
     curve, baseline = (points([results[seed] for seed in both], criterion) for results in (own, others))
     if not both or curve is None or baseline is None:
@@ -240,7 +240,7 @@ def verdict(arm: dict[str, Any], criterion: str, baseline: str) -> str:
         if difference < ROUNDING:
             return f"ends as {other} does, to {difference:.0e} (to the last bit only on the same number of cores)"
         return f"DIFFERS from {other}, which trains the same, by {difference:.1%}"
-    found, of = arm["steps_ratio"], f"of the baseline's steps to its last {criterion.replace('_', ' ')}"
+    found, of = arm["steps_ratio"], f"of the baseline's steps to its lowest {criterion.replace('_', ' ')}"
     if found is None and (found := arm["scores"]["frechet_distance"].get("difference")) is not None:
         of = "to the Fréchet distance of the baseline's samples"
     if found is None:

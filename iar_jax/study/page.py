@@ -65,8 +65,8 @@ def method(content: dict[str, Any]) -> str:
     """How the verdicts come about."""
     what = content["criterion"].replace("_", " ")
     return (
-        f"The ratio is the steps that an arm takes to the baseline's last {what} on val, over the baseline's own, by "
-        "straight lines between validations; where an arm ends above it, the other way round. Its interval is "
+        f"The ratio is the steps that an arm takes to the baseline's lowest {what} on val, over the baseline's own, by "
+        "straight lines between validations; where an arm does not come so low, to the arm's lowest. Its interval is "
         f"Student's, of logarithms over seeds, at {content['confidence']:.0%}. A difference counts as shown where its "
         "p-value, corrected for the number of arms by Holm's method, is below "
         f"{SIGNIFICANT:.2f}."

@@ -75,18 +75,20 @@ def steps_ratio(
     baseline: Float[np.ndarray, " points"],
     curve: Float[np.ndarray, " points"],
 ) -> float:
-    """Steps that a curve takes to the baseline's last value, over the baseline's own.
+    """Steps that a curve takes to the baseline's lowest value, over the baseline's own. That is its last value unless
+    its loss turns, as it does after many epochs.
 
-    A curve that ends above that value does not say when it would have come there; the ratio is then the other way
-    round: the baseline's steps to this curve's last value are taken as the time that it lost, and the ratio is above 1.
+    A curve that never comes down so far does not say when it would have. Both are then counted to that curve's own lowest
+    value, and the ratio is above 1.
+
+    Raises:
+        ValueError: a value is not a number.
     """
-    reached = steps_to_reach(steps, curve, float(baseline[-1]))
-    if reached is not None:
-        # The baseline may have been as low before its end.
-        own = steps_to_reach(steps, baseline, float(baseline[-1]))
-        return reached / (own or reached)
-    lost = steps_to_reach(steps, baseline, float(curve[-1]))
-    return float(steps[-1]) / (lost or float(steps[-1]))
+    target = max(float(np.min(baseline)), float(np.min(curve)))
+    reached, own = steps_to_reach(steps, curve, target), steps_to_reach(steps, baseline, target)
+    if reached is None or own is None:
+        raise ValueError("a loss is not a number")
+    return reached / own
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:

@@ -86,10 +86,23 @@ def test_a_worse_curve_takes_more_than_the_baselines_steps():
     assert steps_ratio(steps, worse, baseline) == 200.0 / 300.0
 
 
+def test_a_loss_that_turns_counts_to_its_lowest():
+    """Its last value may be one that both have at the first validation."""
+    steps = np.array([100.0, 200.0, 300.0, 400.0])
+    baseline, better = np.array([3.0, 2.0, 1.0, 3.5]), np.array([2.0, 1.0, 0.5, 3.0])
+    assert steps_ratio(steps, baseline, better) == 200.0 / 300.0
+    assert steps_ratio(steps, better, baseline) == 300.0 / 200.0
+
+
+def test_a_loss_that_is_no_number_has_no_ratio():
+    with pytest.raises(ValueError, match="not a number"):
+        steps_ratio(np.array([1.0, 2.0]), np.array([3.0, 2.0]), np.array([np.nan, np.nan]))
+
+
 @given(st.integers(0, 500))
 def test_exchanging_the_arms_inverts_the_ratio(seed):
     rng = np.random.default_rng(seed)
-    first, second = (np.sort(rng.uniform(size=6))[::-1] for _ in range(2))
+    first, second = rng.uniform(size=(2, 6))
     steps = np.arange(1.0, 7.0)
     assert steps_ratio(steps, first, second) * steps_ratio(steps, second, first) == pytest.approx(1.0)
 
