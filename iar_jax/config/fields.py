@@ -494,7 +494,7 @@ SECTIONS: dict[str, Any] = {
         "tuning_seeds": Field((1000,), "Of the runs by which rate and guidance are chosen.", Tuples(SEED, (1000,))),
         "criterion": Field(
             "token_loss",
-            "The last value of this on val chooses the rate, and steps are counted to the baseline's lowest value of it.",
+            "The last value of this on val chooses the rate; steps are counted to the baseline's lowest value of it.",
             Choices(also=("token_loss", "cluster_loss")),
         ),
         "cfg_scales": Field(

@@ -78,8 +78,8 @@ def steps_ratio(
     """Steps that a curve takes to the baseline's lowest value, over the baseline's own. That is its last value unless
     its loss turns, as it does after many epochs.
 
-    A curve that never comes down so far does not say when it would have. Both are then counted to that curve's own lowest
-    value, and the ratio is above 1.
+    A curve that never comes down so far does not say when it would have. Both are then counted to that curve's own
+    lowest value, and the ratio is above 1.
 
     Raises:
         ValueError: a value is not a number.
