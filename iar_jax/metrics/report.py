@@ -36,7 +36,7 @@ img { max-width: 100%; height: auto; display: block; border-radius: 4px; }
 img.pixels { image-rendering: pixelated; width: 100%; }
 table { border-collapse: collapse; width: 100%; }
 th, td { text-align: right; padding: 7px 10px; border-bottom: 1px solid var(--line); }
-th:first-child, td:first-child { text-align: left; } td { font-variant-numeric: tabular-nums; }
+th:first-child, td:first-child, .sentences * { text-align: left; } td { font-variant-numeric: tabular-nums; }
 thead th { color: var(--soft); font-weight: 600; }
 pre { background: var(--tint); border: 1px solid var(--line); border-radius: 6px; padding: 12px; }
 pre { overflow: auto; font-size: 12.5px; max-height: 460px; }
@@ -58,10 +58,11 @@ def picture(pixels: UInt8[np.ndarray, "Y X 3"], caption: str) -> Figure:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Head and rows, as text."""
+    """Head and rows, as text: figures behind a name, or sentences."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
+    sentences: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +97,8 @@ def _section(section: Section) -> str:
     for table in section.tables:
         head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table.head)
         rows = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in table.rows)
-        parts.append(f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>")
+        kind = " class='sentences'" if table.sentences else ""
+        parts.append(f"<table{kind}><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>")
     if section.figures:
         wide = "" if all(figure.pixels for figure in section.figures) else " charts"
         parts.append(f"<div class='row{wide}'>" + "".join(_figure(figure) for figure in section.figures) + "</div>")

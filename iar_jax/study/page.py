@@ -75,7 +75,7 @@ def method(content: dict[str, Any]) -> str:
 
 def verdicts(content: dict[str, Any]) -> report.Table:
     rows = [(name, " ".join(arm["overrides"]) or "–", arm["verdict"]) for name, arm in content["arms"].items()]
-    return report.Table(("arm", "overrides", "verdict"), rows)
+    return report.Table(("arm", "overrides", "verdict"), rows, sentences=True)
 
 
 def curve_names(arms: dict[str, Any]) -> list[str]:
