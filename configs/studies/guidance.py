@@ -21,7 +21,7 @@ SCHEDULES = {
 def get_config(arg: str = "mnist") -> ConfigDict:
     config = config_beside(__file__, arg)
     config.study.baseline = "iar"
-    config.study.cfg_scales = (2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)
+    config.study.cfg_scales = (2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
     config.study.arms = tuple(
         (name, "training.cluster_weights=(1.0,)", *schedule) for name, schedule in SCHEDULES.items()
     )
