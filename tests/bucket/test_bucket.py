@@ -62,6 +62,7 @@ def uploaded_by(store, path, lines):
     return store.bytes_in - before
 
 
+@pytest.mark.slow
 def test_a_log_costs_what_is_logged_and_not_its_square(store, monkeypatch):
     monkeypatch.setattr(files, "SEGMENT_BYTES", 600)
     few, many = uploaded_by(store, RUN / "few.jsonl", 15), uploaded_by(store, RUN / "many.jsonl", 60)

@@ -79,6 +79,7 @@ def test_each_sees_everything_of_heads_that_are_not_turned(name, head_dim):
         np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["blocks", "fused", "splash"])
 @pytest.mark.parametrize("shape", [(2, 2, 2), (8, 1, 1), (1, 1, 4)], ids=str)
 def test_each_is_the_same_on_a_mesh(name, shape):

@@ -91,6 +91,7 @@ def all_variants():
     return {"objective": objective, "step_options": {"cluster_weights": (1.0,), **options}, "num_layers": 3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
 def test_all_variants_on_a_mesh_equal_those_on_one_device(shape):
     expected, expected_history = run(None, **all_variants())
@@ -157,6 +158,7 @@ def test_lambda_follows_its_schedule():
         np.testing.assert_allclose(found["loss"], expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 1, 4), (2, 2, 2)])
 def test_levels_on_a_mesh_equal_those_on_one_device(shape):
     options = {"cluster_sizes": (2, 8, 16), "step_options": {"cluster_weights": (1.0, 0.5, 0.25)}}

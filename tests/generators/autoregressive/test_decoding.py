@@ -55,6 +55,7 @@ def test_decoding_with_the_cache_is_the_full_forward_pass(shape):
             cache = grown(cache, room)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shape",
     [{}, {"num_heads": 4, "num_kv_heads": 2}, {"dim": 48, "num_heads": 4}, {"grid_size": 12}],

@@ -111,6 +111,7 @@ def test_dropout_is_on_with_a_key_alone():
     assert np.abs(one[0] - one[1]).max() > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 4, 1), (1, 1, 4), (2, 2, 2)], ids=str)
 def test_every_mesh_gives_the_same_loss_and_gradients(shape):
     module = small(mask_output=True)
