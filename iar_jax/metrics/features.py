@@ -73,7 +73,7 @@ def over_mesh(
 
 
 def inception_features(
-    module: InceptionV3, params: Any, images: UInt8[np.ndarray, "N H W 3"], batch_size: int = 64
+    module: InceptionV3, params: Any, images: UInt8[np.ndarray, "N H W 3"], batch_size: int
 ) -> dict[str, Float[np.ndarray, "N D"]]:
     """What the ADM suite takes from InceptionV3, for uint8 images of any size.
 

@@ -94,8 +94,10 @@ def network_of(config: ConfigDict, directory: epath.Path, num_classes: int) -> t
     network = files.inception_network(section.inception_weights)
 
     def inception_features_of(rows: ImageStream) -> ClassifierFeatures:
-        batches = rows.batches(section.batch_size)
-        found = [inception_features(network.module, network.params, batch)["pool"] for batch in batches]
+        found = [
+            inception_features(network.module, network.params, batch, section.batch_size)["pool"]
+            for batch in rows.batches(section.batch_size)
+        ]
         return ClassifierFeatures(np.concatenate(found), np.full(rows.shape[0], -1))
 
     return inception_features_of, {"features": "inception", "weights": network.sha256}

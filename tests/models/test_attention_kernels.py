@@ -1,5 +1,7 @@
 """If these fail, a chip's attention is not the CPU's: in its numbers, its gradients, or where it is split."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,33 +48,44 @@ def with_gradients(function, arrays, g):
 CASES = [(4, 2, 2, 64), (12, 4, 2, 32), (12, 2, 2, 100), (18, 3, 3, 64)]
 
 
+@functools.cache
+def exact_turned(case, causal):
+    """Attention and its gradients in float64, which all implementations are held to."""
+    q, k, v, g, rope = problem(*case)
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(x, jnp.float64) for x in (q, k, v, g)]
+        found = with_gradients(lambda *a: in_float64(*a, rope.astype(np.float64), causal), wide[:3], wide[3])
+        return [np.asarray(x) for x in found]
+
+
 @pytest.mark.parametrize("name", ["blocks", "fused", "splash"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("causal", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_each_is_softmax_attention_of_turned_heads(name, case, causal):
     q, k, v, g, rope = problem(*case)
-    with jax.enable_x64(True):
-        exact = with_gradients(
-            lambda *a: in_float64(*a, rope.astype(np.float64), causal),
-            [jnp.asarray(x, jnp.float64) for x in (q, k, v)],
-            jnp.asarray(g, jnp.float64),
-        )
-        exact = [np.asarray(x) for x in exact]
     attend = attention.ATTENTIONS[name].attend
     found = with_gradients(lambda *a: attend(*a, jnp.asarray(rope), 64, causal), [jnp.asarray(x) for x in (q, k, v)], g)
-    for ours, theirs in zip(found, exact, strict=True):
+    for ours, theirs in zip(found, exact_turned(case, causal), strict=True):
         # Sums of up to 324 float32 products and exponentials, some hundred roundings of 2^-24.
         np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max())
+
+
+@functools.cache
+def not_turned(head_dim):
+    """A problem and what solves it in float64."""
+    # A square and a register, as masked models have them: a length that nothing divides.
+    arrays = [np.random.default_rng(i).standard_normal((2, 145, 3, head_dim)).astype(np.float32) for i in range(4)]
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(x, jnp.float64) for x in arrays]
+        return arrays, [
+            np.asarray(x) for x in with_gradients(lambda *a: in_float64(*a, None, False), wide[:3], wide[3])
+        ]
 
 
 @pytest.mark.parametrize("name", ["blocks", "fused", "splash"])
 @pytest.mark.parametrize("head_dim", [32, 85, 100])
 def test_each_sees_everything_of_heads_that_are_not_turned(name, head_dim):
-    # A square and a register, as masked models have them: a length that nothing divides.
-    arrays = [np.random.default_rng(i).standard_normal((2, 145, 3, head_dim)).astype(np.float32) for i in range(4)]
-    with jax.enable_x64(True):
-        wide = [jnp.asarray(x, jnp.float64) for x in arrays]
-        exact = [np.asarray(x) for x in with_gradients(lambda *a: in_float64(*a, None, False), wide[:3], wide[3])]
+    arrays, exact = not_turned(head_dim)
     attend = attention.ATTENTIONS[name].attend
     q, k, v, g = map(jnp.asarray, arrays)
     for ours, theirs in zip(with_gradients(lambda *a: attend(*a, None, 64, False), [q, k, v], g), exact, strict=True):

@@ -59,7 +59,9 @@ def one_device():
     return run(None)
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)])
+@pytest.mark.parametrize(
+    "shape", [(2, 2, 2), *(pytest.param(shape, marks=pytest.mark.slow) for shape in [(8, 1, 1), (1, 8, 1), (1, 1, 8)])]
+)
 def test_two_steps_on_a_mesh_equal_those_on_one_device(one_device, shape):
     expected, expected_history = one_device
     state, history = run(shape)

@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from iar_jax.models.discriminator import PatchDiscriminator
 from iar_jax.models.quantizer import normalize
@@ -70,6 +71,7 @@ def test_before_quantisation_starts_the_codebook_is_left_alone():
     assert np.abs(later.params["quantizer"]["codebook"] - after.params["quantizer"]["codebook"]).max() > 0
 
 
+@pytest.mark.slow
 def test_the_discriminator_trains_only_when_it_takes_part():
     discriminator = PatchDiscriminator(channels=8, num_layers=2)
     weights = NO_WEIGHTS._replace(adversarial=0.5)
