@@ -3,6 +3,7 @@
     configs/imagenet.py:B,256            IAR-B on 16 x 16 codes
     configs/imagenet.py:L,384            IAR-L on 24 x 24 codes, sampled at 384 pixels
     configs/imagenet.py:B,256,baseline   LlamaGen itself: plain cross-entropy, otherwise the same
+    configs/imagenet.py:B,256,best       what the studies of docs/evidence.md add to it; not run at this size
     configs/imagenet.py:masked-L,384     Halton-MaskGIT-Large with the cluster loss (T, S, B, L, XL)
 
 Give the folder of ImageNet's training images, one sub-folder a class, with --config.data.source=folder:PATH.
@@ -63,7 +64,7 @@ TRAINING_IMAGES = 1_281_167  # of ImageNet's training split
 
 
 def get_config(arg: str = "B,256") -> ConfigDict:
-    name, resolution, baseline = parse(arg)
+    name, resolution, word = parse(arg)
     is_masked = name.startswith("masked-")
     learning_rate, batch_size = (1e-4, 256) if is_masked else RUNS[name]
     config = default_config()
@@ -103,7 +104,7 @@ def get_config(arg: str = "B,256") -> ConfigDict:
     training.batch_size = batch_size
     training.num_steps = epochs * TRAINING_IMAGES // batch_size
     training.loss_chunks = 2 if name in ("B", "L", "XL") or is_masked else 8
-    training.cluster_weights = (0.0 if baseline else 1.0,)  # lambda of the released trainer
+    training.cluster_weights = (0.0 if word == "baseline" else 1.0,)  # lambda of the released trainer
     training.learning_rate = learning_rate
     training.schedule = "constant"  # no warm-up, no decay
     training.b1, training.b2 = 0.9, 0.95
@@ -117,6 +118,8 @@ def get_config(arg: str = "B,256") -> ConfigDict:
     sampling.cfg_scale = CFG_SCALES.get((name, resolution), 1.75)
     if is_masked:
         masked(config)
+    if word == "best":
+        best(config)
     return config
 
 
@@ -148,17 +151,17 @@ def masked(config: ConfigDict) -> None:
     sampling.mask_temperature_end = 1 / 1.2  # its "temperature" multiplies, from 1 to 1.2
 
 
-def parse(arg: str) -> tuple[str, int, bool]:
-    """Model, resolution and whether it is the baseline."""
+def parse(arg: str) -> tuple[str, int, str]:
+    """Model, resolution, and the word behind them, or ""."""
     parts = arg.split(",")
     if (
         len(parts) not in (2, 3)
         or parts[0] not in NAMES
         or parts[1] not in ("256", "384")
-        or parts[2:] not in ([], ["baseline"])
+        or parts[2:] not in ([], ["baseline"], ["best"])
     ):
         raise UserError(
-            f"configs/imagenet.py:{arg}: the argument is MODEL,RESOLUTION or MODEL,RESOLUTION,baseline with MODEL one "
-            f"of {', '.join(NAMES)} and RESOLUTION 256 or 384"
+            f"configs/imagenet.py:{arg}: the argument is MODEL,RESOLUTION and, behind another comma, 'baseline', "
+            f"'best' or nothing, with MODEL one of {', '.join(NAMES)} and RESOLUTION 256 or 384"
         )
-    return parts[0], int(parts[1]), len(parts) == 3
+    return parts[0], int(parts[1]), "".join(parts[2:])

@@ -105,11 +105,12 @@ def ragged_clusters(
     top = part.highest(jnp.max(own, axis=axis))
     lse = top + jnp.log(part.everywhere(jnp.sum(jnp.exp(own - part.each(top)), axis=axis)))
 
-    # A cluster's sum is a difference of running sums.
-    running = jnp.cumsum(powers, axis=axis)
-    running = jnp.concatenate([jnp.zeros_like(jnp.take(running, jnp.array([0]), axis=axis)), running], axis=axis)
-    places = jnp.clip(jnp.asarray(bounds) - part.first, 0, logits.shape[axis])
-    sums = part.everywhere(jnp.diff(jnp.take(running, places, axis=axis), axis=axis))
+    # Sums as a product, which chips are made for: running sums and their differences take TPUs as long as all of
+    # attention.
+    ids = part.first + jnp.arange(logits.shape[axis])[:, None]
+    belongs = ((ids >= bounds[:-1]) & (ids < bounds[1:])).astype(powers.dtype)
+    order = ("VP,VC->CP", "PV,VC->PC")[axis]
+    sums = part.everywhere(jnp.einsum(order, powers, belongs, precision=jax.lax.Precision.HIGH))
     hit = (clusters == jnp.argmax(sums, axis=axis)).astype(jnp.float32)
     if others_power is not None:
         hit = jnp.where(jnp.max(sums, axis=axis) >= others_power, hit, 0.0)

@@ -38,6 +38,32 @@ def test_the_baseline_differs_in_lambda_alone():
     assert ours == baseline
 
 
+IMAGENET = runpy.run_path(str(CONFIGS / "imagenet.py"))
+
+
+@pytest.mark.parametrize("word", ["", ",baseline", ",best"])
+@pytest.mark.parametrize("resolution", [256, 384])
+@pytest.mark.parametrize("name", IMAGENET["NAMES"])
+def test_recipes_for_imagenet_pass(name, resolution, word):
+    check_config(IMAGENET["get_config"](f"{name},{resolution}{word}"))
+
+
+def test_recipes_for_imagenet_differ_in_what_they_say():
+    def differences(word):
+        iar, other = (IMAGENET["get_config"](f"B,256{end}").to_dict() for end in ("", word))
+        sections = (part for part, fields in iar.items() if isinstance(fields, dict))
+        return {f"{part}.{name}" for part in sections for name in iar[part] if iar[part][name] != other[part][name]}
+
+    assert differences(",baseline") == {"training.cluster_weights"}
+    assert differences(",best") == IMAGENET["BEST"].keys()
+
+
+@pytest.mark.parametrize("arg", ["", "B", "B,512", "C,256", "B,256,beste", "B,256,best,baseline"])
+def test_no_such_recipe_for_imagenet(arg):
+    with pytest.raises(UserError, match="the argument is MODEL,RESOLUTION and, behind another comma"):
+        IMAGENET["get_config"](arg)
+
+
 def test_a_folder_with_a_comma_keeps_its_name():
     config = get_config("folder.py", "/a,b,tiny")
     assert config.data.source == "folder:/a,b"
