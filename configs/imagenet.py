@@ -57,6 +57,10 @@ CFG_SCALES = {
     ("3B", 384): 1.65,
 }
 
+# What "best" adds: reAR's regression to code vectors with its weight of 1 (arXiv 2510.04450), which of the
+# variants in docs/evidence.md ("Beyond the cluster loss") saves most, at 1 % of a step.
+BEST = {"training.regression_weight": 1.0}
+
 MASKED = {f"masked-{name}": size for name, size in masked_sizes.SIZES.items()}
 NAMES = (*SIZES, *MASKED)
 
@@ -119,7 +123,7 @@ def get_config(arg: str = "B,256") -> ConfigDict:
     if is_masked:
         masked(config)
     if word == "best":
-        best(config)
+        config.update_from_flattened_dict(BEST)
     return config
 
 
@@ -163,5 +167,10 @@ def parse(arg: str) -> tuple[str, int, str]:
         raise UserError(
             f"configs/imagenet.py:{arg}: the argument is MODEL,RESOLUTION and, behind another comma, 'baseline', "
             f"'best' or nothing, with MODEL one of {', '.join(NAMES)} and RESOLUTION 256 or 384"
+        )
+    if parts[0] in MASKED and parts[2:] == ["best"]:
+        raise UserError(
+            f"configs/imagenet.py:{arg}: 'best' adds a regression of hidden states, which masked models do not have; "
+            "leave it out"
         )
     return parts[0], int(parts[1]), "".join(parts[2:])

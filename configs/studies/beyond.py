@@ -1,4 +1,5 @@
-"""What helps beyond the cluster loss? Each variant by itself on top of λ = 1, beside λ = 0 (docs/variants.md).
+"""What helps beyond the cluster loss? Each variant by itself on top of λ = 1, the best two together, and the best one
+without the cluster loss, all beside λ = 0 (docs/variants.md).
 
     python -m iar_jax.study --config=configs/studies/beyond.py:cifar10:PATH --workdir=runs/beyond
 
@@ -9,7 +10,7 @@ from ml_collections import ConfigDict
 
 from iar_jax.config.files import config_beside
 
-IAR = "training.cluster_weights=(1.0,)"
+BASELINE, IAR = "training.cluster_weights=(0.0,)", "training.cluster_weights=(1.0,)"
 VARIANTS = {
     "levels": ("codebook.cluster_sizes=(8, 64)", "training.cluster_weights=(0.5, 1.0)"),
     "coarse-first": (
@@ -25,6 +26,8 @@ VARIANTS = {
     "lookahead": (IAR, "training.lookahead_weight=2.0"),
     "linkage": (IAR, "codebook.assignment=average_linkage"),
     "pixels": (IAR, "codebook.points=pixels"),
+    "together": (IAR, "training.regression_weight=1.0", "training.lookahead_weight=2.0"),
+    "regression-alone": (BASELINE, "training.regression_weight=1.0"),
 }
 
 
@@ -32,7 +35,7 @@ def get_config(arg: str = "mnist") -> ConfigDict:
     config = config_beside(__file__, arg)
     config.study.seeds = (0, 1, 2)
     config.study.arms = (
-        ("baseline", "training.cluster_weights=(0.0,)"),
+        ("baseline", BASELINE),
         ("iar", IAR),
         *((name, *overrides) for name, overrides in VARIANTS.items()),
     )
