@@ -1,4 +1,4 @@
-"""What helps beyond the cluster loss? Each variant by itself on top of λ = 1, the best two together, and the best one
+"""What helps beyond the cluster loss? Each variant by itself on top of λ = 1, the best ones together, and the best
 without the cluster loss, all beside λ = 0 (docs/variants.md).
 
     python -m iar_jax.study --config=configs/studies/beyond.py:cifar10:PATH --workdir=runs/beyond
@@ -27,6 +27,7 @@ VARIANTS = {
     "linkage": (IAR, "codebook.assignment=average_linkage"),
     "pixels": (IAR, "codebook.points=pixels"),
     "together": (IAR, "training.regression_weight=1.0", "training.lookahead_weight=2.0"),
+    "regression-pixels": (IAR, "training.regression_weight=1.0", "codebook.points=pixels"),
     "regression-alone": (BASELINE, "training.regression_weight=1.0"),
 }
 

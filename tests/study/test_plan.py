@@ -1,11 +1,13 @@
 """If these fail, arms that cannot be compared are compared, or a changed arm takes another's runs for its own."""
 
+import pathlib
+
 import pytest
 from etils import epath
 
 from iar_jax.config.field import leaves
 from iar_jax.config.fields import SECTIONS
-from iar_jax.config.files import config_beside
+from iar_jax.config.files import config_at, config_beside
 from iar_jax.runtime.errors import UserError
 from iar_jax.study.drive import pieces_of
 from iar_jax.study.plan import comparison_runs, lowest, plan_of, tuning_runs, twin_of
@@ -24,6 +26,16 @@ def config():
 
 def names(config, tmp_path):
     return [piece.name for piece in pieces_of(plan_of(config), epath.Path(tmp_path))]
+
+
+STUDIES = sorted((pathlib.Path(__file__).parents[2] / "configs" / "studies").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_shipped_studies_can_be_made(path, tmp_path):
+    plan = plan_of(config_at(path, "mnist"))
+    pieces = [piece.name for piece in pieces_of(plan, epath.Path(tmp_path))]
+    assert all(f"{arm.name}/0" in pieces for arm in plan.arms)
 
 
 def test_the_pieces_of_a_study(config, tmp_path):
