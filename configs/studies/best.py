@@ -1,8 +1,8 @@
-"""Does what `beyond` kept hold for as long as the ablation trains? The baseline, IAR, and configs/imagenet.py's "best".
+"""Does what `beyond` kept hold over more seeds? The baseline, IAR, and what configs/imagenet.py's "best" adds to it.
 
     python -m iar_jax.study --config=configs/studies/best.py:cifar10:PATH --workdir=runs/best
 
-With --config.study.runs=DIR of configs/studies/ablation.py's study it takes that one's runs of λ = 0 and 1.
+With --config.study.runs=DIR of another study it takes that one's runs of the same arms.
 """
 
 from ml_collections import ConfigDict
@@ -17,6 +17,6 @@ def get_config(arg: str = "mnist") -> ConfigDict:
     config.study.arms = (
         ("baseline", BASELINE),
         ("iar", IAR),
-        ("best", IAR, "training.regression_weight=1.0"),
+        ("regression", IAR, "training.regression_weight=1.0"),
     )
     return config
