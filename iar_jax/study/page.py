@@ -86,7 +86,8 @@ def curve_names(arms: dict[str, Any]) -> list[str]:
 def curve_figures(name: str, arms: dict[str, Any]) -> list[report.Figure]:
     """A curve of all arms that have it, and of their differences to the baseline."""
     shown = {
-        arm: {"color": f"C{number}", **content["curves"][name]}
+        # There are ten colours.
+        arm: {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3], **content["curves"][name]}
         for number, (arm, content) in enumerate(arms.items())
         if name in content["curves"] and "equal_to" not in content
     }
@@ -95,7 +96,7 @@ def curve_figures(name: str, arms: dict[str, Any]) -> list[report.Figure]:
     title = name.replace("_", " ")
     figures = [banded(shown, title, f"{title}, by step.")]
     differences = {
-        arm: {"color": curve["color"], "steps": curve["steps"], **curve["difference"]}
+        arm: {key: curve[key] for key in ("color", "linestyle", "steps")} | curve["difference"]
         for arm, curve in shown.items()
         if "difference" in curve
     }
@@ -109,7 +110,8 @@ def banded(curves: dict[str, Any], title: str, caption: str, zero: bool = False)
     fig, axes = plt.subplots(figsize=(5.4, 3.5), layout="constrained")
     for arm, curve in curves.items():
         color = curve["color"]
-        axes.plot(curve["steps"], curve["mean"], marker="o", markersize=3, color=color, label=arm)
+        style = {"color": color, "linestyle": curve["linestyle"], "marker": "o", "markersize": 3}
+        axes.plot(curve["steps"], curve["mean"], label=arm, **style)
         if curve["low"][0] is not None:
             axes.fill_between(curve["steps"], curve["low"], curve["high"], color=color, alpha=0.18, linewidth=0)
     if zero:
