@@ -408,8 +408,8 @@ def test_a_kind_of_generator_from_outside_trains_samples_and_is_scored(finished,
 def test_two_levels_of_clusters_are_a_value_in_the_config(finished, tmp_path):
     levels = ["--config.codebook.cluster_sizes=(4,16)", "--config.training.cluster_weights=(1.0,0.5)"]
     inputs = [f"--config.inputs.{name}={finished.path / name}" for name in ("tokenizer", "codes")]
-    options = [*TINY, *inputs, *levels]
-    call("pipeline", tmp_path / "run", *options)
+    for stage in ("rearrange_codebook", "train"):
+        call(stage, tmp_path / "run", *TINY, *inputs, *levels)
     with np.load(tmp_path / "run" / "codebook" / "permutation.npz") as file:
         assert (int(file["cluster_size"]), file["coarser_sizes"].tolist()) == (4, [16])
     lines = [json.loads(line) for line in metrics_text(tmp_path / "run").splitlines()]
@@ -549,6 +549,7 @@ def test_a_folder_of_pictures_of_all_kinds_goes_through_the_pipeline_on_a_mesh(t
         "--config.tokenizer_training.batch_size=16",
         "--config.tokenizer_training.adversarial_from_step=16",
         "--config.tokenizer_training.discriminator_layers=2",
+        "--config.tokenizer_training.discriminator_channels=16",
         "--config.training.num_steps=12",
         "--config.training.batch_size=16",
         "--config.evaluation.features=inception",

@@ -88,7 +88,7 @@ def of_the_latest_checkpoint(reference, workdir, item, way, seed):
     before(workdir, reference, "train")
     process = begin("train", workdir)
     # The checkpoint of step 10 is there or under way, and a later one is made by the signal.
-    wait_for_step(process, workdir, "train", 10)
+    wait_for_step(process, workdir, "train", 11)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 143, output
