@@ -55,6 +55,7 @@ def test_every_cluster_has_the_same_size(num_clusters, size, seed, kind):
     np.testing.assert_allclose(found.inertia, inertia, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("assignment", ["greedy", "optimal"])
 def test_restarts_keep_the_best(small, assignment):
     key = jax.random.key(3)

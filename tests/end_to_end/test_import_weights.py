@@ -80,6 +80,7 @@ def imported(files, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_samples_of_imported_weights_are_those_of_the_files(files, imported):
     call("sample", imported, *OPTIONS, config=CONFIG)
     (directory,) = (imported / "samples").iterdir()

@@ -215,6 +215,7 @@ def test_reconstructions_are_measured(finished, copy):
     assert not list(directory.glob("*-parts"))
 
 
+@pytest.mark.slow
 def test_a_run_that_was_interrupted_ends_as_the_one_that_was_not(finished, copy):
     shutil.rmtree(copy / "train")
     process = start("train", copy, *TINY)
@@ -517,6 +518,7 @@ def test_artifacts_that_do_not_belong_together_are_refused(finished, copy, tmp_p
     assert "was made from another tokenizer" in done.stderr
 
 
+@pytest.mark.slow
 def test_one_extraction_serves_another_run(finished, tmp_path):
     inputs = [f"--config.inputs.{name}={finished.path / name}" for name in ("tokenizer", "codebook", "codes")]
     call("train", tmp_path / "second", *TINY, *inputs, "--config.training.num_steps=2")

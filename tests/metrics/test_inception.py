@@ -33,6 +33,7 @@ def test_features_are_those_of_the_reference(golden, network, size):
         assert np.abs(found[name] - reference).max() < 1e-5 * np.abs(reference).max(), name
 
 
+@pytest.mark.slow
 def test_features_of_an_image_do_not_depend_on_its_batch(network):
     images = np.random.default_rng(0).integers(0, 256, (3, 20, 31, 3)).astype(np.uint8)
     together = inception_features(*network, images, batch_size=16)

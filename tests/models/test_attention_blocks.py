@@ -42,6 +42,7 @@ def test_it_is_softmax_attention_at_every_edge_of_its_blocks(length, heads, kv_h
     np.testing.assert_allclose(found, reference(q, k, v, causal), atol=3e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heads", [(2, 2), (4, 2)])
 @pytest.mark.parametrize("causal", [True, False])
 def test_gradients_are_those_of_the_library_s_attention(heads, causal):

@@ -74,6 +74,7 @@ def test_patches_fold_and_unfold():
     np.testing.assert_array_equal(depth_to_space(patches, 4), images)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("local_encoder", [False, True])
 @pytest.mark.parametrize(("multipliers", "patch_size"), [((1,), 4), ((1, 2), 2)])
 def test_small_models_have_the_shapes_they_say(local_encoder, multipliers, patch_size):

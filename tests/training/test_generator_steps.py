@@ -120,6 +120,7 @@ def test_all_variants_on_a_mesh_equal_those_on_one_device(shape):
     assert "auxiliary" not in state.ema_params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [None, (2, 2, 2)])
 def test_accumulated_parts_equal_the_whole_batch(shape):
     # Without dropout, which each part draws for itself.

@@ -89,6 +89,7 @@ def test_the_discriminator_trains_only_when_it_takes_part():
     assert np.abs(jax.tree.leaves(state.discriminator.batch_stats)[0]).max() > 0
 
 
+@pytest.mark.slow
 def test_code_usage_is_a_moving_average_of_shares():
     state, _ = make_step(NO_WEIGHTS)(fresh(), IMAGES)
     np.testing.assert_allclose(jnp.mean(state.code_usage), 1.0, rtol=1e-5)

@@ -104,6 +104,7 @@ def test_a_picture_depends_on_its_label_and_key_alone(order, mask_output):
     np.testing.assert_array_equal(split, together)
 
 
+@pytest.mark.slow
 def test_the_head_is_taken_in_parts_with_the_same_result(monkeypatch):
     module = small()
     params, labels = initial(module), jnp.arange(4)
