@@ -86,8 +86,8 @@ def curve_names(arms: dict[str, Any]) -> list[str]:
 def curve_figures(name: str, arms: dict[str, Any]) -> list[report.Figure]:
     """A curve of all arms that have it, and of their differences to the baseline."""
     shown = {
-        # There are ten colours.
-        arm: {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3], **content["curves"][name]}
+        # The ten colours come round again.
+        arm: {"color": f"C{number}", "linestyle": ("-", "--", ":")[number // 10 % 3], **content["curves"][name]}
         for number, (arm, content) in enumerate(arms.items())
         if name in content["curves"] and "equal_to" not in content
     }

@@ -409,8 +409,8 @@ def test_a_kind_of_generator_from_outside_trains_samples_and_is_scored(finished,
 def test_two_levels_of_clusters_are_a_value_in_the_config(finished, tmp_path):
     levels = ["--config.codebook.cluster_sizes=(4,16)", "--config.training.cluster_weights=(1.0,0.5)"]
     inputs = [f"--config.inputs.{name}={finished.path / name}" for name in ("tokenizer", "codes")]
-    for stage in ("rearrange_codebook", "train"):
-        call(stage, tmp_path / "run", *TINY, *inputs, *levels)
+    options = [*TINY, *inputs, *levels]
+    call("pipeline", tmp_path / "run", *options)
     with np.load(tmp_path / "run" / "codebook" / "permutation.npz") as file:
         assert (int(file["cluster_size"]), file["coarser_sizes"].tolist()) == (4, [16])
     lines = [json.loads(line) for line in metrics_text(tmp_path / "run").splitlines()]

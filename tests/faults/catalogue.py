@@ -163,10 +163,7 @@ def in_a_bucket(reference: pathlib.Path, bucket: tuple[Bucket, dict[str, str]], 
     for stage, count in zip(STAGES, (3, 2, 4, 5, 4, 2), strict=True):
         for _ in range(count):
             share = rng.random()
-            yield Fault(
-                f"{stage}, bucket: SIGKILL at {share:.0%} of its uploads",
-                of(kills.at_a_share_of_the_uploads, stage, share),
-            )
+            yield Fault(f"{stage}, bucket: SIGKILL at {share:.0%} of its uploads", of(kills.at_an_upload, stage, share))
     for stage in LONG:
         yield Fault(f"{stage}, bucket: SIGTERM", of(kills.by_a_signal, stage, signal.SIGTERM))
     for stage in ("train_tokenizer", "extract_codes", "train", "sample"):

@@ -75,17 +75,13 @@ def in_a_step(reference, workdir, stage, step, delay):
     return goes_on(reference, workdir, stage, steps_done(workdir, stage))
 
 
-def at_a_share_of_the_uploads(reference, workdir, stage, share):
+def at_an_upload(reference, workdir, stage, share):
     """SIGKILL while a request that changes the bucket is on its way, so many of them into an undisturbed run's."""
     before(workdir, reference, stage)
     total = counted_uploads(workdir, lambda: run(stage, workdir))
     workdir.remove("")
-    return at_an_upload(reference, workdir, stage, max(1, round(share * total)))
-
-
-def at_an_upload(reference, workdir, stage, number):
-    """SIGKILL while a request that changes the bucket is on its way."""
     before(workdir, reference, stage)
+    number = max(1, round(share * total))
     process = begin(stage, workdir)
     workdir.bucket.strike(number, lambda: os.kill(process.pid, signal.SIGKILL))
     process.communicate(timeout=240)

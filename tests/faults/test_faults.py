@@ -9,7 +9,7 @@ import pytest
 
 from tests.bucket.server import serving
 from tests.faults import damage, kills, runs, store
-from tests.faults.workdirs import OPTIONS, OTHERS, InBucket, NotTried, OnDisk, before, run
+from tests.faults.workdirs import OPTIONS, OTHERS, InBucket, NotTried, OnDisk, reference_with
 from tests.stages import call
 
 pytestmark = pytest.mark.slow
@@ -52,10 +52,8 @@ def test_a_flipped_bit_in_the_latest_checkpoint(reference, workdir):
 
 
 def test_a_kill_in_a_step_of_all_variants(reference, tmp_path):
-    own = before(OnDisk(tmp_path / "own", OTHERS["variants"]), reference, "train")
-    run("train", own)
-    killed = OnDisk(tmp_path / "killed", OTHERS["variants"])
-    assert_survived(kills.in_a_step(own.path, killed, "train", 13, 0.05))
+    own = reference_with(OTHERS["variants"], reference, tmp_path / "own")
+    assert_survived(kills.in_a_step(own, OnDisk(tmp_path / "killed", OTHERS["variants"]), "train", 13, 0.05))
 
 
 @pytest.mark.parametrize(
@@ -87,7 +85,7 @@ def test_a_directory_that_is_moved_away(reference, workdir):
 
 
 def test_a_kill_at_an_upload(reference, in_bucket):
-    assert_survived(kills.at_an_upload(reference, in_bucket, "train", 150))  # of some 256
+    assert_survived(kills.at_an_upload(reference, in_bucket, "train", 0.6))
 
 
 def test_a_store_in_trouble(reference, in_bucket):

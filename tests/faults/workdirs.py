@@ -148,12 +148,13 @@ def before(workdir: Workdir, reference: pathlib.Path, stage: str) -> Workdir:
 
 
 def reference_with(options: tuple[str, ...], reference: pathlib.Path, path: pathlib.Path) -> pathlib.Path:
-    """An undisturbed run with other options of its training, from the codes of another run."""
+    """An undisturbed training with other options, and its samples, from the codes of another run."""
     if not path.exists():
         workdir = before(OnDisk(path, options), reference, "train")
         for name in (*STAGES["sample"], *STAGES["evaluate"]):
             workdir.remove(name)
-        run("pipeline", workdir)
+        for stage in ("train", "sample"):
+            run(stage, workdir)
     return path
 
 
