@@ -5,7 +5,5 @@ import os
 # TensorFlow comes in with clu and tensorflow-datasets and prints to the terminal when it is imported.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-# Keras, which nothing here uses, would take half of the seconds of its import; the legacy one is not installed.
-os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
 
 __version__ = "0.2.0"
