@@ -1,5 +1,6 @@
 """What the runs of a study show together, as plain data: the content of study.json."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -121,12 +122,13 @@ def seconds_of(arm: Arm, own: Results, workdir: epath.Path) -> float:
 
 
 def chosen(arm: Arm, workdir: epath.Path) -> dict[str, Any] | None:
-    """Rate and guidance of an arm, and what they were chosen from; None before they are."""
+    """Rate and guidance of an arm, and what they were chosen from (None where a run diverged); None before they are."""
     try:
         found = make.tuned(arm, workdir)
     except make.Unfinished:
         return None
-    return {**found._asdict(), "rate_at_edge": found.at_edge()}
+    rates = [(rate, seed, value if math.isfinite(value) else None) for rate, seed, value in found.rates]
+    return {**found._asdict(), "rates": rates, "rate_at_edge": found.at_edge()}
 
 
 def largest_difference(own: Results, others: Results) -> float | None:

@@ -130,8 +130,8 @@ def make_all(pieces: list[Piece], workdir: epath.Path, workers: int) -> None:
         UserError: some failed; the others are finished.
         Interrupted: a signal asked for a stop; the processes were told, and what they have done is kept.
     """
-    waiting = [piece for piece in pieces if not finished_so_far(pieces, piece)]
-    done = {piece.name for piece in pieces} - {piece.name for piece in waiting}
+    done = finished_names(pieces)
+    waiting = [piece for piece in pieces if piece.name not in done]
     say(f"study: {len(pieces)} pieces, {len(waiting)} of them to be made; logs in {workdir / 'logs'}")
     running: dict[int, Process] = {}
     failed: dict[str, str] = {}
@@ -184,10 +184,13 @@ def next_piece(waiting: list[Piece], done: set[str]) -> Piece | None:
     return None
 
 
-def finished_so_far(pieces: list[Piece], piece: Piece) -> bool:
-    """Whether a piece and all that it needs is finished; what is chosen for it is not known before."""
-    needed = [other for other in pieces if other.name in piece.needs]
-    return all(finished_so_far(pieces, other) for other in needed) and piece.finished()
+def finished_names(pieces: list[Piece]) -> set[str]:
+    """The pieces that are finished with all that they need; what is chosen for one is not known before."""
+    done: set[str] = set()
+    for piece in pieces:
+        if done.issuperset(piece.needs) and piece.finished():
+            done.add(piece.name)
+    return done
 
 
 def depends(pieces: list[Piece], piece: Piece, name: str) -> bool:
@@ -260,12 +263,13 @@ def left(waiting: list[Piece], running: dict[int, Process], seconds: dict[str, l
     known = {kind: sum(found) / len(found) for kind, found in seconds.items()}
     # A run takes as long as one of tuning at least.
     known.setdefault("run", known.get("tuning", 0.0))
-    if count and not any(known.get(piece.kind) for piece in waiting):
+    pieces = waiting + [process.piece for process in running.values()]
+    if count and not any(known.get(piece.kind) for piece in pieces):
         return f"{count} left"
     total = sum(known.get(piece.kind, 0.0) for piece in waiting)
     for process in running.values():
         total += max(0.0, known.get(process.piece.kind, 0.0) - (time.monotonic() - process.started))
-    return f"{count} left, about {duration(total / workers)}"
+    return f"{count} left, about {duration(total / max(1, min(workers, count)))}"
 
 
 def duration(seconds: float) -> str:

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,9 +24,13 @@ from iar_jax.runtime.progress import say
 from iar_jax.study import judge as judging
 from iar_jax.study.perturbed import perturbed_distances
 from iar_jax.study.plan import MEASURED, Arm, Plan, Run, comparison_runs, digest, lowest, tuning_runs, twin_of
+from iar_jax.training.loop import Diverged
 
 # Between two looks at what another process is making.
 PAUSE_SECONDS = 2.0
+
+# Beside the training of a tuning run whose learning rate is too high: what stopped it.
+DIVERGED_FILE = "diverged.json"
 
 
 class Unfinished(UserError):
@@ -96,10 +101,19 @@ def place_of(config: ConfigDict, workdir: epath.Path, name: str) -> epath.Path:
     return artifacts.locate(given(config, **shared_inputs(config, workdir)).inputs, workdir, name)
 
 
+def finished_artifact(directory: epath.Path) -> artifacts.Metadata | None:
+    """The metadata of a finished artifact; None where it is not finished, or damaged: its stage makes it again."""
+    try:
+        found = artifacts.read_metadata(directory)
+    except artifacts.Damaged as error:
+        say(f"WARNING: {error}; it is made again")
+        return None
+    return found if found is not None and found.finished else None
+
+
 def input_finished(config: ConfigDict, workdir: epath.Path, *names: str) -> bool:
     """Whether some of what an arm shares is there; names are those of artifacts.INPUTS."""
-    found = [artifacts.read_metadata(place_of(config, workdir, name)) for name in names]
-    return all(metadata is not None and metadata.finished for metadata in found)
+    return all(finished_artifact(place_of(config, workdir, name)) is not None for name in names)
 
 
 def judge_of(config: ConfigDict, workdir: epath.Path) -> judging.Judge:
@@ -170,19 +184,26 @@ def given(config: ConfigDict, **inputs: str) -> ConfigDict:
 
 
 def make_tuning_run(run: Run, workdir: epath.Path) -> None:
-    """Trains a run whose learning rate is one of those to choose from."""
+    """Trains a run whose learning rate is one of those to choose from; too high a rate is an answer, too."""
     directory = workdir / "runs" / run.place
-    made(
-        directory,
-        lambda: tuning_value(run, workdir) is not None,
-        lambda: train.run(config_of(run, workdir), directory),
-    )
+
+    def train_it() -> None:
+        try:
+            train.run(config_of(run, workdir), directory)
+        except Diverged as error:
+            say(f"WARNING: {error}; the rate counts as the worst")
+            write_json(directory / DIVERGED_FILE, {"error": str(error)})
+
+    made(directory, lambda: tuning_value(run, workdir) is not None, train_it)
 
 
 def tuning_value(run: Run, workdir: epath.Path) -> float | None:
-    """The last value of the criterion; None where the run is not finished."""
-    found = artifacts.read_metadata(workdir / "runs" / run.place / "train")
-    return found.figures[run.config.study.criterion] if found is not None and found.finished else None
+    """The last value of the criterion, infinite where the run diverged; None where it is not finished."""
+    directory = workdir / "runs" / run.place
+    if (directory / DIVERGED_FILE).exists():
+        return math.inf
+    found = finished_artifact(directory / "train")
+    return found.figures[run.config.study.criterion] if found is not None else None
 
 
 def tuned_rate(arm: Arm, workdir: epath.Path) -> tuple[float, list[tuple[float, int, float]]]:
@@ -190,6 +211,7 @@ def tuned_rate(arm: Arm, workdir: epath.Path) -> tuple[float, list[tuple[float, 
 
     Raises:
         Unfinished: one of them is not there.
+        UserError: all diverged.
     """
     found = []
     for run in tuning_runs(arm):
@@ -199,6 +221,9 @@ def tuned_rate(arm: Arm, workdir: epath.Path) -> tuple[float, list[tuple[float, 
         found.append((run.config.training.learning_rate, run.seed, value))
     if not found:
         return float(arm.config.training.learning_rate), []
+    if all(math.isinf(value) for _, _, value in found):
+        rates = ", ".join(f"{rate:g}" for rate, _, _ in found)
+        raise UserError(f"{arm.name}: the loss is not finite at any of the learning rates {rates}; give lower ones")
     return lowest([(rate, value) for rate, _, value in found]), found
 
 
@@ -240,11 +265,12 @@ def tuned(arm: Arm, workdir: epath.Path) -> Tuned:
 
     Raises:
         Unfinished: one of them is not there.
+        UserError: all diverged.
     """
     rate, rates = tuned_rate(arm, workdir)
-    trainings = [artifacts.require(workdir / "runs" / run.place / "train", "train") for run in tuning_runs(arm)]
+    trainings = [finished_artifact(workdir / "runs" / run.place / "train") for run in tuning_runs(arm)]
     own = arm.trained_as == arm.name
-    seconds = sum(training.figures["seconds"] for training in trainings) if own else 0.0
+    seconds = sum(training.figures["seconds"] for training in trainings if training is not None) if own else 0.0
     if len(arm.config.study.cfg_scales) < 2:
         return Tuned(rate, float(arm.config.sampling.cfg_scale), tuple(rates), seconds=seconds)
     found = artifact_of(guidance_directory(arm, workdir))

@@ -167,7 +167,10 @@ def tuning_text(content: dict[str, Any]) -> str:
         else "Learning rates are fixed by the config. "
     )
     if len(scales) > 1:
-        said += f"Guidance is that of the lowest Fréchet distance on the same seeds, of {', '.join(map(str, scales))}."
+        said += (
+            "Guidance is that of the lowest Fréchet distance, at the chosen rate and with seed "
+            f"{content['tuning_seeds'][0]}, of {', '.join(map(str, scales))}."
+        )
     return said
 
 
@@ -177,7 +180,9 @@ def tuning_table(arms: dict[str, Any]) -> report.Table:
         if arm["chosen"] is None:
             continue
         found = arm["chosen"]
-        tried = ", ".join(f"{rate:g}: {value:.4f}" for rate, _, value in found["rates"])
+        tried = ", ".join(
+            f"{rate:g}: {'diverged' if value is None else f'{value:.4f}'}" for rate, _, value in found["rates"]
+        )
         edge = " (at the end of the grid)" if found["rate_at_edge"] else ""
         guided = ", ".join(f"{scale:g}: {distance:.2f}" for scale, distance in found["guidance"])
         rows.append((name, f"{found['learning_rate']:g}{edge}", tried or "–", f"{found['cfg_scale']:g}", guided or "–"))

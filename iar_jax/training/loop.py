@@ -20,6 +20,10 @@ from iar_jax.runtime.metric_log import MetricLog
 from iar_jax.runtime.progress import progress, say
 
 
+class Diverged(UserError):
+    """A loss or gradient that is not finite, more often than config.training.max_skipped_steps lets pass."""
+
+
 class TrainingRun:
     """One run of num_steps steps in a directory, as a context: `resume` the state, then `finished_step` for each of
     `steps`.
@@ -128,7 +132,7 @@ class TrainingRun:
 
         Raises:
             Interrupted: a stop was asked for, and the state is saved.
-            UserError: metrics are not finite, more often than may be; no such state is ever saved.
+            Diverged: metrics are not finite, more often than may be; no such state is ever saved.
         """
         self._settle_pending()
         self.step += 1
@@ -169,7 +173,7 @@ class TrainingRun:
         self.log.write(self.step, finite_part(values), "val")
         bad = not_finite(values)
         if bad:
-            raise UserError(f"{self.name}, step {self.step}: {', '.join(bad)} of the validation set is not finite")
+            raise Diverged(f"{self.name}, step {self.step}: {', '.join(bad)} of the validation set is not finite")
         return values
 
     def _settle_pending(self) -> None:
@@ -201,7 +205,7 @@ class TrainingRun:
             say(f"WARNING: {found}; skipped, {self.skipped_steps} of at most {self.max_skipped_steps}")
             return
         last = self.checkpoints.manager.latest_step()
-        raise UserError(
+        raise Diverged(
             f"{found}. The last checkpoint is that of step {last or 0}, and sound. A lower learning rate or clip_norm "
             "usually helps; max_skipped_steps lets so many steps pass"
         )

@@ -4,6 +4,7 @@ import html
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -140,13 +141,31 @@ def test_slices_in_any_order_end_as_one(killed, tmp_path):
 def test_a_damaged_run_is_named_and_made_again(killed, tmp_path):
     shutil.copytree(killed[0], tmp_path / "copy")
     path = tmp_path / "copy"
-    (damaged,) = path.glob("runs/baseline/*-1-*/result-*")
-    for name in ("metadata.json", "metadata.copy.json"):
-        (damaged / name).write_text("{")
+    (run,), (partition,) = path.glob("runs/baseline/*-1-*/result-*"), path.glob("shared/*/partition-*/codebook")
+    for damaged in (run, partition):
+        for name in ("metadata.json", "metadata.copy.json"):
+            (damaged / name).write_text("{")
     output = study(path).stdout
-    assert f"{damaged}/metadata.json is damaged" in output
-    assert "1 of them to be made" in output
+    assert all(f"{damaged}/metadata.json is damaged" in output for damaged in (run, partition))
+    assert re.findall(r"study: (\S+) in ", output) == ["baseline/shared", "baseline/1"]
     assert content_of(path) == content_of(killed[0])
+
+
+@pytest.mark.slow
+def test_a_rate_that_diverges_is_the_worst_one(killed, tmp_path):
+    path = tmp_path / "copy"
+    shutil.copytree(killed[0], path)
+    tuned = ["--config.study.learning_rates=(0.003,1e30)", "--config.study.arms=" + str(ARMS[:2])]
+    for rate in ("0.003", "1e+30"):
+        study(path, *tuned, f"--run=baseline/tuning-{rate}-1000")
+    study(path, *tuned, "--nomake")
+    chosen = json.loads((path / "study.json").read_text())["arms"]["baseline"]["chosen"]
+    assert chosen["learning_rate"] == 0.003
+    assert [rate[2] is None for rate in chosen["rates"]] == [False, True]
+    assert "1e+30: diverged" in (path / "report.html").read_text()
+    done = study(path, *tuned, "--config.study.learning_rates=(1e30,)", "--nomake", check=False)
+    assert done.returncode == 2
+    assert "baseline: the loss is not finite at any of the learning rates 1e+30; give lower ones" in done.stderr
 
 
 @pytest.mark.slow
