@@ -249,6 +249,7 @@ def verdict(arm: dict[str, Any], criterion: str, baseline: str) -> str:
         return "the baseline" if arm["name"] == baseline else f"to be compared with {baseline}"
     if found["low"] is None:
         return f"{found['mean']:.2f} {of}; one seed shows no difference"
-    said = f"{found['mean']:.2f} ({found['low']:.2f} to {found['high']:.2f}) {of}"
+    agree = f"on {found['agree']} of {found['seeds']} seeds"
+    said = f"{found['mean']:.2f} ({found['low']:.2f} to {found['high']:.2f}) {of}, {agree}"
     shown = found["corrected_p"] is not None and found["corrected_p"] < SIGNIFICANT
-    return f"{said}, on {found['agree']} of {found['seeds']} seeds" if shown else f"{said}: no difference shown"
+    return said if shown else f"{said}: no difference shown"
