@@ -3,6 +3,7 @@
 import io
 import logging as std_logging
 import os
+import pathlib
 import signal
 import sys
 import threading
@@ -237,7 +238,9 @@ def _fail(message: str, code: int, watch: Watch | None = None) -> NoReturn:
         # Others may wait for this process in a collective: they are to hear of its end at once.
         watch.leave_word(message)
     if message:
-        print(f"\n{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
+        program = pathlib.Path(sys.argv[0])
+        name = program.parent.name if program.name == "__main__.py" else program.name
+        print(f"\n{name}: {message}", file=sys.stderr, flush=True)
     # Threads of a save that failed wait for each other for ten minutes.
     waiting = any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread())
     if distributed.joined() or waiting:

@@ -191,4 +191,4 @@ def test_a_signal_stops_a_study_and_its_processes(tmp_path):
 def test_no_such_piece(tmp_path):
     done = study(tmp_path, "--run=iar/9", check=False)
     assert done.returncode == 2
-    assert "the study has no such piece; --list shows all, such as linear/1" in done.stderr
+    assert "study: --run=iar/9: the study has no such piece; --list shows all, such as linear/1" in done.stderr
