@@ -58,7 +58,7 @@ CFG_SCALES = {
 }
 
 # What "best" adds: reAR's regression to code vectors with its weight of 1 (arXiv 2510.04450), which of the
-# variants in docs/evidence.md ("Beyond the cluster loss") saves most, at 1 to 4 % of a step.
+# variants in docs/evidence.md ("Beyond the cluster loss") saves most steps, at 1 to 4 % of one.
 BEST = {"training.regression_weight": 1.0}
 
 MASKED = {f"masked-{name}": size for name, size in masked_sizes.SIZES.items()}
