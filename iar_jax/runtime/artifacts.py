@@ -109,6 +109,21 @@ def read_metadata(directory: epath.Path) -> Metadata | None:
     return _read(directory)[0]
 
 
+def read_finished(directory: epath.Path) -> Metadata | None:
+    """The metadata of a finished artifact; None where it is not there, not finished, or damaged, which is said: its
+    stage makes it again.
+
+    Raises:
+        UserError: it is of a later format.
+    """
+    try:
+        found = read_metadata(directory)
+    except Damaged as error:
+        say(f"WARNING: {error}; it is made again")
+        return None
+    return found if found is not None and found.finished else None
+
+
 def _read(directory: epath.Path) -> tuple[Metadata | None, bool]:
     """The metadata of an artifact, finished or not, None where there is none; and whether it is the copy's.
 

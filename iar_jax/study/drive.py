@@ -259,11 +259,11 @@ def end(running: dict[int, Process], stop: StopRequest) -> None:
 
 def left(waiting: list[Piece], running: dict[int, Process], seconds: dict[str, list[float]], workers: int) -> str:
     """How many pieces are left, and for how long, from what others of their kind took."""
-    count = len(waiting) + len(running)
+    pieces = waiting + [process.piece for process in running.values()]
+    count = len(pieces)
     known = {kind: sum(found) / len(found) for kind, found in seconds.items()}
     # A run takes as long as one of tuning at least.
     known.setdefault("run", known.get("tuning", 0.0))
-    pieces = waiting + [process.piece for process in running.values()]
     if count and not any(known.get(piece.kind) for piece in pieces):
         return f"{count} left"
     total = sum(known.get(piece.kind, 0.0) for piece in waiting)

@@ -47,11 +47,7 @@ def is_made(config: ConfigDict, directory: epath.Path) -> bool:
         return False
     if not judges_by_classifier(config):
         return True
-    try:
-        found = artifacts.read_metadata(directory / "classifier")
-    except artifacts.Damaged:
-        return False
-    return found is not None and found.finished
+    return artifacts.read_finished(directory / "classifier") is not None
 
 
 def make_judge(config: ConfigDict, directory: epath.Path) -> None:

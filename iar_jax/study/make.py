@@ -101,19 +101,9 @@ def place_of(config: ConfigDict, workdir: epath.Path, name: str) -> epath.Path:
     return artifacts.locate(given(config, **shared_inputs(config, workdir)).inputs, workdir, name)
 
 
-def finished_artifact(directory: epath.Path) -> artifacts.Metadata | None:
-    """The metadata of a finished artifact; None where it is not finished, or damaged: its stage makes it again."""
-    try:
-        found = artifacts.read_metadata(directory)
-    except artifacts.Damaged as error:
-        say(f"WARNING: {error}; it is made again")
-        return None
-    return found if found is not None and found.finished else None
-
-
 def input_finished(config: ConfigDict, workdir: epath.Path, *names: str) -> bool:
     """Whether some of what an arm shares is there; names are those of artifacts.INPUTS."""
-    return all(finished_artifact(place_of(config, workdir, name)) is not None for name in names)
+    return all(artifacts.read_finished(place_of(config, workdir, name)) is not None for name in names)
 
 
 def judge_of(config: ConfigDict, workdir: epath.Path) -> judging.Judge:
@@ -202,7 +192,7 @@ def tuning_value(run: Run, workdir: epath.Path) -> float | None:
     directory = workdir / "runs" / run.place
     if (directory / DIVERGED_FILE).exists():
         return math.inf
-    found = finished_artifact(directory / "train")
+    found = artifacts.read_finished(directory / "train")
     return found.figures[run.config.study.criterion] if found is not None else None
 
 
@@ -211,7 +201,7 @@ def tuned_rate(arm: Arm, workdir: epath.Path) -> tuple[float, list[tuple[float, 
 
     Raises:
         Unfinished: one of them is not there.
-        UserError: all diverged.
+        UserError: each rate diverged with some seed.
     """
     found = []
     for run in tuning_runs(arm):
@@ -221,10 +211,11 @@ def tuned_rate(arm: Arm, workdir: epath.Path) -> tuple[float, list[tuple[float, 
         found.append((run.config.training.learning_rate, run.seed, value))
     if not found:
         return float(arm.config.training.learning_rate), []
-    if all(math.isinf(value) for _, _, value in found):
-        rates = ", ".join(f"{rate:g}" for rate, _, _ in found)
+    best = lowest([(rate, value) for rate, _, value in found])
+    if any(rate == best and math.isinf(value) for rate, _, value in found):
+        rates = ", ".join(f"{rate:g}" for rate in dict.fromkeys(rate for rate, _, _ in found))
         raise UserError(f"{arm.name}: the loss is not finite at any of the learning rates {rates}; give lower ones")
-    return lowest([(rate, value) for rate, _, value in found]), found
+    return best, found
 
 
 def make_guidance(arm: Arm, workdir: epath.Path) -> None:
@@ -265,10 +256,10 @@ def tuned(arm: Arm, workdir: epath.Path) -> Tuned:
 
     Raises:
         Unfinished: one of them is not there.
-        UserError: all diverged.
+        UserError: each rate diverged with some seed.
     """
     rate, rates = tuned_rate(arm, workdir)
-    trainings = [finished_artifact(workdir / "runs" / run.place / "train") for run in tuning_runs(arm)]
+    trainings = [artifacts.read_finished(workdir / "runs" / run.place / "train") for run in tuning_runs(arm)]
     own = arm.trained_as == arm.name
     seconds = sum(training.figures["seconds"] for training in trainings if training is not None) if own else 0.0
     if len(arm.config.study.cfg_scales) < 2:
@@ -357,12 +348,8 @@ def keep(directory: epath.Path, made_by: RelevantConfig, run: epath.Path, figure
 
 def artifact_of(directory: epath.Path) -> artifacts.Metadata | None:
     """A finished artifact that `keep` left, and whose run is still there; says where it is damaged."""
-    try:
-        found, run = artifacts.read_metadata(directory), artifacts.read_metadata(directory.parent / "train")
-    except artifacts.Damaged as error:
-        say(f"WARNING: {error}; the run is made again")
-        return None
-    if found is None or not found.finished:
+    found, run = artifacts.read_finished(directory), artifacts.read_finished(directory.parent / "train")
+    if found is None:
         return None
     sound = hashlib.sha256(json.dumps(found.figures).encode()).hexdigest() == found.fingerprint
     if not sound or run is None or found.inputs.get("transformer") != run.fingerprint:

@@ -9,6 +9,7 @@ from etils import epath
 from iar_jax.config.files import config_beside
 from iar_jax.config.relevance import relevant
 from iar_jax.runtime import artifacts
+from iar_jax.runtime.errors import UserError
 from iar_jax.runtime.files import write_json
 from iar_jax.study import make
 from iar_jax.study.answer import chosen
@@ -39,6 +40,17 @@ def test_a_rate_that_diverged_is_the_worst_one(tuned_arm, tmp_path):
     told = chosen(arm, epath.Path(tmp_path))
     assert json.loads(json.dumps(told, allow_nan=False))["rates"][1] == [1e30, 1000, None]
     assert tuning_table({"baseline": {"chosen": told}}).rows[0][2] == "0.001: 1.5000, 1e+30: diverged"
+
+
+def test_a_rate_that_diverged_with_one_of_its_seeds_is_not_chosen(tuned_arm, tmp_path):
+    arm, sound = tuned_arm
+    arm.config.study.tuning_seeds = (1000, 1001)
+    for run in tuning_runs(arm):
+        directory = epath.Path(tmp_path) / "runs" / run.place
+        if directory != sound:
+            write_json(directory / make.DIVERGED_FILE, {"error": "loss not finite"})
+    with pytest.raises(UserError, match=r"not finite at any of the learning rates 0\.001, 1e\+30; give lower ones"):
+        make.tuned(arm, epath.Path(tmp_path))
 
 
 def test_a_damaged_tuning_run_is_one_that_is_not_finished(tuned_arm, tmp_path, capsys):
